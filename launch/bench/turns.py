@@ -1,0 +1,108 @@
+"""Contenders that take turns on one machine: each in a process of its own, built once, timed pair by pair.
+
+What runs beside a benchmark drifts over minutes. Two contenders that alternate within seconds drift together, so the
+ratio of a pair is far steadier than either number; the order turns round every round, so that going first is no gain.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+
+class Contender:
+    """`python -P -m module args...` that answers each JSON line on its stdin with one on its stdout.
+
+    The first answer comes unasked once it is built. {"error": ...} raises ValueError, an early end RuntimeError.
+    """
+
+    def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:
+        self.name = name
+        # A rank alone; the threads are fixed before any library reads them.
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", module, *arguments],
+            env={**os.environ, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def built(self) -> dict[str, Any]:
+        """Wait until it is ready; returns what it says of itself."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}; its last words are above")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """One turn."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self.built()
+
+
+def take_turns(
+    contenders: Sequence[Contender], rounds: int, question: dict[str, Any], on_turn: Callable[[str, int], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """Ask everyone once a round, the order turned round each time; returns {name: answers by round}."""
+    answers: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
+    for number in range(rounds):
+        for contender in contenders if number % 2 == 0 else reversed(contenders):
+            on_turn(contender.name, number)
+            answers[contender.name].append(contender.ask(**question))
+    return answers
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and extremes of repeated measurements."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+    def as_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.min:{spec}} to {self.max:{spec}})"
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
+    """Ours over theirs, round by round."""
+    return Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,55 @@
+"""The command line `steppe`: names the commands, and turns every error into one line and an exit code."""
+
+import os
+import sys
+from typing import NoReturn
+
+import typer
+
+from launch.commands import data, demo, evaluate, generate, train
+
+app = typer.Typer(
+    name="steppe",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Pretraining of causal decoder language models: from raw text to a checkpoint with a known perplexity.",
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("resume")(train.resume)
+app.command("eval")(evaluate.evaluate)
+app.command("generate")(generate.generate)
+
+
+def main() -> NoReturn:
+    """Run the command line. Exit codes: 0 done, 75 stopped and checkpointed, 1 failed, 2 the input is wrong."""
+    # Our packages have common names (model, launch): no process of ours looks for them in the current folder.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(explain(error))
+    sys.exit(0)
+
+
+def explain(error: Exception) -> int:
+    """Say on stderr, in one line, what went wrong; returns the exit code."""
+    from pretrain.outcome import EXIT_FAILED, exit_code_of
+
+    code = exit_code_of(error)
+    text = " ".join(str(error).split()) or type(error).__name__
+    if code == EXIT_FAILED and not isinstance(error, OSError):
+        text = f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
+    print(f"steppe: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Starting ranks on this machine, through torch's elastic launcher."""
+
+import logging
+import os
+import sys
+import uuid
+
+# How long ranks may take to finish a step and save, once asked to stop, before they are killed.
+GRACE_SECONDS = 600
+
+
+class RanksFailed(Exception):
+    """Some rank ended with a nonzero code; what it left behind says why."""
+
+
+class Interrupted(Exception):
+    """The launcher was asked to stop and has seen its ranks through."""
+
+
+def run_ranks(module: str, args: list[str], nproc: int) -> None:
+    """Run `python -P -m module args...` on `nproc` local ranks and wait for them.
+
+    SIGTERM and SIGINT go on to every rank, which then has GRACE_SECONDS. Raises RanksFailed if a rank fails (the others
+    are ended), Interrupted if a signal came and the ranks are through.
+    """
+    # The launcher's own remarks would drown the one line that a user needs.
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        shutdown_timeout=GRACE_SECONDS,
+        # Not SIGHUP: a run started with nohup goes on when its terminal is gone.
+        signals_to_handle="SIGTERM,SIGINT",
+    )
+    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    try:
+        elastic_launch(config, sys.executable)("-P", "-m", module, *args)
+    except ChildFailedError as error:
+        raise RanksFailed(str(error)) from None
+    except SignalException as error:
+        raise Interrupted(str(error)) from None

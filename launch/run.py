@@ -1,0 +1,161 @@
+"""Starting and resuming a run: everything that can be wrong is found here, before any rank starts."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.manifest import Manifest
+from launch.ranks import Interrupted, RanksFailed, run_ranks
+from pretrain.config import RunConfig, changes, check_layout, check_resume
+from pretrain.outcome import EXIT_FAILED, Outcome
+from pretrain.recipe import apply_overrides, dump_config, load_config, validated
+from pretrain.run_dir import RunDir, read_json, write_json
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def recipe_path(recipe: str) -> Path:
+    """A path, or the name of a recipe that comes with Steppe. Raises ValueError listing those."""
+    path, built_in = Path(recipe), RECIPES / f"{recipe}.yaml"
+    if path.is_file():
+        return path
+    if built_in.is_file():
+        return built_in
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    raise ValueError(f"{recipe}: no such file, and no recipe of that name; recipes are {names}")
+
+
+def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_after: int | None) -> Outcome:
+    """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
+    config = load_config(recipe_path(recipe), overrides)
+    run = RunDir(run_dir.resolve())
+    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
+    check_layout(config, nproc)
+    check_stop_after(stop_after)
+    data = check_data(config)
+    run.path.mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        dump_config(config, run.config_path)
+        write_json(run.data_path, data)
+        run.tokenizer_path.write_bytes((Path(config.data.sources[0].path) / "tokenizer.model").read_bytes())
+        return attempt(run, nproc, stop_after)
+
+
+def resume(
+    run_dir: Path, overrides: list[str], allowed: list[str], nproc: int | None, stop_after: int | None
+) -> Outcome:
+    """`steppe resume`: go on from the newest checkpoint, with what a resume may change changed."""
+    run = RunDir(run_dir.resolve())
+    if not run.config_path.is_file():
+        raise ValueError(f"{run_dir} is not a run: {run.config_path.name} is missing in it")
+    old = load_config(run.config_path)
+    new = validated(apply_overrides(old.model_dump(mode="json"), overrides))
+    ranks = nproc or read_json(run.environment_path)["ranks"]
+    differences = changes(old, new)
+    check_resume(differences, allowed)
+    check_layout(new, ranks)
+    check_stop_after(stop_after)
+    data = check_data(new)
+    check_same_data(read_json(run.data_path), data, allowed)
+    with locked(run):
+        if differences:
+            dump_config(new, run.config_path)
+            note = {"type": "resume", "changes": {key: list(pair) for key, pair in differences.items()}}
+            append_event(run, note)
+        write_json(run.data_path, data)
+        return attempt(run, ranks, stop_after)
+
+
+def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
+    """Start the ranks and read how they ended."""
+    run.logs.mkdir(exist_ok=True)
+    for stale in (run.outcome_path, *run.logs.glob("*.error.json")):
+        stale.unlink(missing_ok=True)
+    args = [str(run.path), *([] if stop_after is None else ["--stop-after", str(stop_after)])]
+    try:
+        run_ranks("pretrain.worker", args, nproc)
+    except (RanksFailed, Interrupted) as error:
+        if not run.outcome_path.is_file():
+            return failure(run, str(error))
+    return Outcome.read(run)
+
+
+def failure(run: RunDir, fallback: str) -> Outcome:
+    """What the first rank to fail said. A rank whose peer vanished complains too: the user's own mistakes lead."""
+    errors = [(path, read_json(path)) for path in sorted(run.logs.glob("*.error.json"))]
+    if not errors:
+        return Outcome("failed", EXIT_FAILED, 0, f"the ranks died without a word ({fallback.splitlines()[0]})")
+    path, first = min(errors, key=lambda item: (item[1]["exit_code"] != 2, item[1]["type"] == "RuntimeError"))
+    log = path.with_name(path.name.replace(".error.json", ".log"))
+    message = " ".join(first["message"].split())
+    if first["type"] not in ("ValueError", "OSError"):
+        message = f"{first['type']}: {message} (traceback in {log})"
+    return Outcome("failed", first["exit_code"], 0, message)
+
+
+def check_stop_after(stop_after: int | None) -> None:
+    if stop_after is not None and stop_after < 1:
+        raise ValueError(f"--stop-after {stop_after}: give the number of a step, 1 or later")
+
+
+def check_data(config: RunConfig) -> dict[str, Any]:
+    """Open every manifest (which checks that the shards are there and whole) and that all agree with the model.
+
+    Returns the fingerprints that the run records.
+    """
+    manifests = {}
+    for source in (*config.data.sources, *config.evaluation.sources):
+        manifests[source.name] = manifest = Manifest.load(Path(source.path))
+        if manifest.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"{source.path} was written with a vocabulary of {manifest.vocab_size}, the model has "
+                f"model.vocab_size={config.model.vocab_size}: set it to {manifest.vocab_size}"
+            )
+    first = next(iter(manifests.values()))
+    for source in (*config.data.sources, *config.evaluation.sources):
+        if manifests[source.name].tokenizer_fingerprint != first.tokenizer_fingerprint:
+            raise ValueError(
+                f"{source.path} was written with another tokenizer than {config.data.sources[0].path}: prepare both "
+                "with the same --tokenizer"
+            )
+    training = {source.name: manifests[source.name].fingerprint for source in config.data.sources}
+    return {"tokenizer": first.tokenizer_fingerprint, "manifests": training}
+
+
+def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
+    """A resumed run reads with the same tokenizer, and the same bytes under the same source name."""
+    if old["tokenizer"] != new["tokenizer"] and "tokenizer" not in allowed:
+        raise ValueError(
+            f"tokenizer was {old['tokenizer']} and would become {new['tokenizer']}: the model's token ids would change "
+            "meaning; prepare the data with the run's own tokenizer.model, or insist with --allow tokenizer"
+        )
+    for name, fingerprint in new["manifests"].items():
+        before = old["manifests"].get(name, fingerprint)
+        if before != fingerprint and "manifest" not in allowed:
+            raise ValueError(
+                f"data source {name} is not what this run has read so far (manifest {before}, now {fingerprint}): "
+                "restore it, add the new data under another name, or insist with --allow manifest"
+            )
+
+
+def append_event(run: RunDir, event: dict[str, Any]) -> None:
+    """An event that happens outside the loop."""
+    import json
+    import time
+
+    with open(run.events_path, "a", encoding="utf-8") as events:
+        events.write(json.dumps({**event, "time": time.time()}) + "\n")
+
+
+@contextmanager
+def locked(run: RunDir) -> Iterator[None]:
+    """One attempt at a time in a run folder; the lock goes with the process, however it ends."""
+    with open(run.path / "lock", "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{run.path} is being trained in by another process: wait for it, or stop it") from None
+        yield

@@ -1,0 +1,159 @@
+"""A pre-norm causal decoder (Llama's architecture; Touvron et al. 2023, arXiv 2302.13971, section 2.2).
+
+B batch, T sequence, D model width, V vocabulary. Parameters carry Llama's names without the leading `model.`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.attention import Attention
+from model.config import ModelConfig, padded_vocab_size
+from model.kv_cache import KVCache, LayerCache
+from model.loss import LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+from model.rope import RotaryTables
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Block(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D); the rest as `Attention.forward`."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Head(nn.Module):
+    """The map from final hidden states to logits, with its loss; holds a weight unless it is tied.
+
+    The loss is this module's forward, and its weight is used nowhere else, so that whatever gathers or shards a
+    module's parameters around its forward (ZeRO 3, tensor parallelism) finds them here.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        shape = (padded_vocab_size(config.vocab_size), config.hidden_size)
+        self.register_parameter("weight", None if config.tie_embeddings else nn.Parameter(torch.empty(shape)))
+
+    def forward(
+        self, hidden_BTD: Tensor, targets_BT: Tensor, z_loss: float = 0.0, tied_weight: Tensor | None = None
+    ) -> LossSums:
+        """Sums of the losses of the valid targets, see `linear_cross_entropy`."""
+        weight = self._weight(tied_weight)
+        return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size, z_loss)
+
+    def token_losses(self, hidden_BTD: Tensor, targets_BT: Tensor, tied_weight: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each target, (B, T) fp32."""
+        weight = self._weight(tied_weight)
+        nll_N = linear_cross_entropy_tokens(hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size)
+        return nll_N.view_as(targets_BT)
+
+    def logits(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
+        """(..., D) -> (..., V) fp32, without the padding."""
+        return functional.linear(hidden, self._weight(tied_weight)[: self.vocab_size]).float()
+
+    def _weight(self, tied_weight: Tensor | None) -> Tensor:
+        weight = self.weight if tied_weight is None else tied_weight
+        assert isinstance(weight, Tensor), "a tied head needs the embedding's weight"
+        return weight
+
+
+class Decoder(nn.Module):
+    """Tokens to losses, hidden states or logits. Build it under `torch.device("meta")` or not; see `model.init`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(padded_vocab_size(config.vocab_size), config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.lm_head = Head(config)
+        self.rotary = RotaryTables(config)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        z_loss: float = 0.0,
+    ) -> LossSums:
+        """The objective of training and validation: sums over the valid targets (-100 does not count), not means.
+
+        positions_BT: default 0 .. T-1. document_ids_BT: used if the config has `document_mask`.
+        """
+        hidden_BTD = self.hidden(tokens_BT, positions_BT, document_ids_BT)
+        return self.lm_head(hidden_BTD, targets_BT, z_loss, self._tied_weight())
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, D).
+
+        cache: holds the tokens before these; positions then go on from its length, and it grows by T.
+        """
+        T, past = tokens_BT.size(1), 0 if cache is None else cache.length
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)
+        mask = self._mask(T, past, document_ids_BT, tokens_BT.device)
+        cos, sin = self.rotary(positions_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        for index, block in enumerate(self.layers):
+            x_BTD = block(x_BTD, cos, sin, mask, None if cache is None else cache.layers[index])
+        return self.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V) fp32, without the vocabulary's padding."""
+        return self.lm_head.logits(hidden, self._tied_weight())
+
+    def token_losses(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Negative log-likelihood (nats) of each target, (B, T) fp32, 0 where it is -100; without gradient."""
+        with torch.no_grad():
+            hidden_BTD = self.hidden(tokens_BT, positions_BT, document_ids_BT)
+            return self.lm_head.token_losses(hidden_BTD, targets_BT, self._tied_weight())
+
+    def _tied_weight(self) -> Tensor | None:
+        return self.embed_tokens.weight if self.config.tie_embeddings else None
+
+    def _mask(self, T: int, past: int, document_ids_BT: Tensor | None, device: torch.device) -> Tensor | None:
+        """(B or 1, 1, T, past + T) bool, or None where plain causal attention (or none, for one token) says it all."""
+        if self.config.document_mask and document_ids_BT is not None:
+            assert past == 0, "a cache continues one document"
+            same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+            return same_BTT.tril()[:, None]
+        if past == 0 or T == 1:
+            return None
+        return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]

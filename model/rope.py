@@ -1,0 +1,98 @@
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864) and its scalings, in Llama's rotate-half convention.
+
+B batch, T sequence, H heads, h head size.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from model.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
+
+
+class RotaryTables(nn.Module):
+    """cos and sin of the rotation angles, in fp32 whatever the model's precision.
+
+    Only the frequencies are kept, a tensor a device, outside the module's state: made on first use, so that a model
+    built on the meta device, cast to bf16 or partitioned by ZeRO has them right without doing anything.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._frequencies: dict[torch.device, Tensor] = {}
+
+    def forward(self, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """positions (B, T), or (T,) for all rows alike -> cos, sin (B or 1, T, 1, h/2) fp32."""
+        device = positions_BT.device
+        if device not in self._frequencies:
+            self._frequencies[device] = inverse_frequencies(self.config).to(device)
+        positions_BT = positions_BT if positions_BT.dim() == 2 else positions_BT[None]
+        angles = positions_BT[..., None, None].float() * self._frequencies[device]
+        factor = attention_factor(self.config)
+        return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + h/2]) by its position's angle; computed in fp32, returned in x's dtype."""
+    first, second = x_BTHh.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x_BTHh.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each pair of dimensions, (h/2,) fp32 on the CPU, with the config's scaling applied."""
+    exponents = torch.arange(0, config.head_size, 2, dtype=torch.float32, device="cpu") / config.head_size
+    plain = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is None:
+        return plain
+    return _SCALINGS[config.rope_scaling.type](plain, config)
+
+
+def attention_factor(config: ModelConfig) -> float:
+    """What cos and sin are multiplied by: 1, but for YaRN 0.1 ln(factor) + 1 (its section 3.4) or the config's own."""
+    scaling = config.rope_scaling
+    if not isinstance(scaling, YarnScaling):
+        return 1.0
+    return scaling.attention_factor if scaling.attention_factor is not None else 0.1 * math.log(scaling.factor) + 1.0
+
+
+def _linear(plain: Tensor, config: ModelConfig) -> Tensor:
+    assert isinstance(config.rope_scaling, LinearScaling)
+    return plain / config.rope_scaling.factor
+
+
+def _llama3(plain: Tensor, config: ModelConfig) -> Tensor:
+    """Llama 3.1: blend by how many turns a pair makes over the original context."""
+    scaling = config.rope_scaling
+    assert isinstance(scaling, Llama3Scaling)
+    turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / scaling.factor
+
+
+def _yarn(plain: Tensor, config: ModelConfig) -> Tensor:
+    """YaRN's NTK-by-parts (its section 3.2): the ramp runs over dimensions, between those that make beta_fast and
+    beta_slow turns in the original context, rounded outwards."""
+    scaling = config.rope_scaling
+    assert isinstance(scaling, YarnScaling)
+
+    def dimension_of(turns: float) -> float:
+        wavelength = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
+        return config.head_size * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), config.head_size - 1)
+    dimensions = torch.arange(len(plain), dtype=torch.float32, device=plain.device)
+    interpolated = ((dimensions - low) / max(high - low, 0.001)).clamp(0, 1)
+    return interpolated * plain / scaling.factor + (1 - interpolated) * plain
+
+
+_SCALINGS: dict[str, Callable[[Tensor, ModelConfig], Tensor]] = {
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

@@ -1,0 +1,282 @@
+"""The config tree of a run: frozen, strict, with units in every docstring. Knows no torch, so that a login node can read it.
+
+Derived numbers are functions of the tree (`micro_batches`, `total_tokens`), never fields. How YAML and `--set` become a
+tree, and how a broken rule is worded, is `pretrain/recipe.py`.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from data_pipeline.config import DataConfig, SourceConfig
+from model.config import ModelConfig
+
+
+class Section(BaseModel):
+    """A section of the tree: immutable, and a key that it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BatchConfig(Section):
+    """Batch sizes, in sequences of `data.sequence_length` tokens.
+
+    `global_batch_size` is one optimizer step over all ranks, `micro_batch_size` one forward of one rank; what lies
+    between is gradient accumulation. `ramp` is a list of (tokens, size): until that many tokens are consumed the global
+    batch has that size, afterwards the next entry's, at last `global_batch_size`.
+    """
+
+    global_batch_size: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
+    ramp: tuple[tuple[int, int], ...] = ()
+
+    @model_validator(mode="after")
+    def _ramp_rises(self) -> Self:
+        ends = [tokens for tokens, _ in self.ramp]
+        if any(tokens <= 0 or size <= 0 for tokens, size in self.ramp) or ends != sorted(set(ends)):
+            raise ValueError(f"ramp={list(self.ramp)} must be (tokens, size) pairs, positive, tokens strictly rising")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019, decoupled decay). Norms and embeddings are spared from `weight_decay`.
+
+    `grad_clip` bounds the global L2 norm of the gradient (0: off). `z_loss` weighs the mean of log^2 Z over the
+    vocabulary (PaLM, section 5); it enters the gradient, never the reported loss.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=1.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_below_one(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={list(betas)} must lie in [0, 1)")
+        return betas
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run; each length is given in optimizer steps or in tokens, all in the same unit.
+
+    `cosine` and `linear` fall from the end of warm-up to the end of the run, `wsd` (warm-up, stable, decay) falls
+    linearly over the last `decay_steps`, each to `min_lr_ratio` times `optimizer.lr`; `constant` does not fall.
+    """
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_tokens: int | None = Field(default=None, ge=0)
+    total_steps: int | None = Field(default=None, gt=0)
+    total_tokens: int | None = Field(default=None, gt=0)
+    decay_steps: int | None = Field(default=None, gt=0)
+    decay_tokens: int | None = Field(default=None, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Self:
+        unit, other = ("tokens", "steps") if self.total_tokens is not None else ("steps", "tokens")
+        strays = [key for key in ("warmup", "decay", "total") if getattr(self, f"{key}_{other}") is not None]
+        if strays:
+            raise ValueError(
+                f"{strays[0]}_{other} does not go with total_{unit}: give every length in the same unit, "
+                f"{strays[0]}_{unit} here"
+            )
+        if self.total is None:
+            raise ValueError("total_steps is missing: give total_steps or total_tokens")
+        if (self.name == "wsd") != (self.decay is not None):
+            raise ValueError(
+                f"name={self.name} {'needs' if self.name == 'wsd' else 'takes no'} decay_{unit}: "
+                "only wsd has a decay of stated length"
+            )
+        if self.warmup + (self.decay or 0) > self.total:
+            raise ValueError(
+                f"warmup_{unit}={self.warmup} and decay_{unit}={self.decay or 0} do not fit into "
+                f"total_{unit}={self.total}: shorten them or train longer"
+            )
+        return self
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the lengths are in tokens rather than in steps."""
+        return self.total_tokens is not None
+
+    @property
+    def total(self) -> int:
+        """Length of the run, in the schedule's unit."""
+        return self.total_tokens if self.counts_tokens else self.total_steps  # type: ignore[return-value]
+
+    @property
+    def warmup(self) -> int:
+        """Length of the warm-up, in the schedule's unit."""
+        return (self.warmup_tokens if self.counts_tokens else self.warmup_steps) or 0
+
+    @property
+    def decay(self) -> int | None:
+        """Length of wsd's final decay, in the schedule's unit."""
+        return self.decay_tokens if self.counts_tokens else self.decay_steps
+
+
+class ParallelConfig(Section):
+    """How the same model is laid out over ranks. Nothing here changes what is learned."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    tensor: int = Field(default=1, gt=0)
+    sequence: int = Field(default=1, gt=0)
+    expert: int = Field(default=1, gt=0)
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+    @model_validator(mode="after")
+    def _only_data_parallel(self) -> Self:
+        for axis in ("tensor", "sequence", "expert"):
+            if getattr(self, axis) != 1:
+                raise ValueError(
+                    f"{axis}={getattr(self, axis)}: this version lays a model out by data parallelism and ZeRO only; "
+                    f"set {axis} to 1"
+                )
+        return self
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every so many optimizer steps (0: only at the end), of which the newest `keep` stay."""
+
+    every_steps: int = Field(default=1000, ge=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class EvaluationConfig(Section):
+    """Validation in the loop, every so many optimizer steps (0: never), on at most `windows` windows of each source."""
+
+    every_steps: int = Field(default=0, ge=0)
+    sources: tuple[SourceConfig, ...] = ()
+    windows: int = Field(default=256, gt=0)
+
+    @model_validator(mode="after")
+    def _sources_when_asked(self) -> Self:
+        if self.every_steps and not self.sources:
+            raise ValueError(
+                f"every_steps={self.every_steps} asks for validation but sources is empty: name a held-out source, "
+                "or set every_steps to 0"
+            )
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"sources: names must be unique, got {names}")
+        return self
+
+
+class RunConfig(Section):
+    """Everything that decides what a run learns and how it is laid out.
+
+    `precision` is the dtype of forward and backward: the masters and the optimizer's state are fp32 in each.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _precision_has_masters(self) -> Self:
+        if self.precision != "fp32" and self.parallel.zero_stage == 0:
+            raise ValueError(
+                f"precision={self.precision} does not go with parallel.zero_stage=0, where DeepSpeed applies a step of "
+                "weight decay before training: set parallel.zero_stage to 1, which costs nothing on one rank"
+            )
+        return self
+
+
+def batch_sizes(batch: BatchConfig) -> list[int]:
+    """Every global batch size that the run passes through, in order."""
+    return [size for _, size in batch.ramp] + [batch.global_batch_size]
+
+
+def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) -> int:
+    """Micro-batches (forward passes) of each data-parallel rank in one optimizer step.
+
+    Raises ValueError if the global batch does not divide over `data_world` ranks.
+    """
+    share = config.batch.micro_batch_size * data_world
+    if global_batch_size % share:
+        fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * data_world) == 0]
+        remedy = f"micro_batch_size may be {', '.join(map(str, fitting))}" if fitting else "use fewer ranks"
+        raise ValueError(
+            f"batch.global_batch_size={global_batch_size} is not a multiple of batch.micro_batch_size="
+            f"{config.batch.micro_batch_size} times {data_world} data-parallel ranks ({share}): {remedy}"
+        )
+    return global_batch_size // share
+
+
+def check_layout(config: RunConfig, world: int) -> None:
+    """Raise ValueError where `config` cannot run on `world` ranks."""
+    for size in batch_sizes(config.batch):
+        micro_batches(config, size, world)
+
+
+# What a resume may change. free: how the run is laid out or watched. recorded: what it learns from here on, noted in
+# events.jsonl. refused: what it has learnt so far would no longer mean the same; `--allow KEY` insists.
+# The longest matching prefix decides; a test asserts that every key of the tree is covered.
+ResumePolicy = Literal["free", "recorded", "refused"]
+RESUME_POLICY: dict[str, ResumePolicy] = {
+    "name": "free",
+    "seed": "refused",
+    "model": "refused",
+    "data": "refused",
+    "data.sources": "recorded",
+    "batch": "recorded",
+    "batch.micro_batch_size": "free",
+    "optimizer": "recorded",
+    "schedule": "recorded",
+    "schedule.total_steps": "free",
+    "schedule.total_tokens": "free",
+    "precision": "recorded",
+    "parallel": "free",
+    "checkpoint": "free",
+    "evaluation": "free",
+}
+
+
+def resume_policy(key: str) -> ResumePolicy:
+    """The policy of a dotted key such as `optimizer.lr`."""
+    prefixes = (key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1))
+    return next(RESUME_POLICY[prefix] for prefix in prefixes if prefix in RESUME_POLICY)
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted key: leaf}; lists are leaves."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """What differs between two trees, as {dotted key: (old value, new value)}."""
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    return {
+        key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)
+    }
+
+
+def check_resume(differences: dict[str, tuple[Any, Any]], allowed: list[str]) -> None:
+    """Raise ValueError for the first change that a resume refuses and that no `--allow KEY` (or prefix of it) covers."""
+    for key, (old, new) in differences.items():
+        covered = any(key == allow or key.startswith(allow + ".") for allow in allowed)
+        if resume_policy(key) == "refused" and not covered:
+            raise ValueError(
+                f"{key} was {old!r} and would become {new!r}: a resumed run keeps it, since what was learnt so far "
+                f"depends on it; start a new run, or insist with --allow {key}"
+            )

@@ -1,0 +1,100 @@
+"""The one file that names cuda, cpu, nccl and gloo: which device this rank has, and how fast its peak is."""
+
+import os
+import resource
+import time
+
+import torch
+import torch.distributed as dist
+
+# Dense peaks in FLOP/s by dtype, from the makers' data sheets (no sparsity). Matched by what the device's name contains.
+GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
+    "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
+    "H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51e12},
+    "H100": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
+    "B200": {torch.bfloat16: 2250e12, torch.float16: 2250e12, torch.float32: 80e12},
+    "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 91.6e12},
+}
+
+
+def local_rank() -> int:
+    """This process's index on its node, as the launcher says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def detect() -> torch.device:
+    """This rank's device; LOCAL_RANK picks the GPU before any other CUDA call does."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def device_count() -> int:
+    """How many ranks this node takes by default: one a GPU, one where there is none."""
+    return torch.cuda.device_count() or 1
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        # Ranks on one node share its cores: more threads than that fight each other.
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        dist.init_process_group("gloo")
+
+
+def new_cpu_group() -> dist.ProcessGroup:
+    """A group of all ranks for objects on the host (checkpoint plans, verdicts), whatever the device."""
+    return dist.new_group(backend="gloo")
+
+
+def prepare_deepspeed() -> None:
+    """Call before `deepspeed.initialize`. Off a GPU it would compile a shared-memory kernel (30 to 98 s) that training
+    does not need."""
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def device_name(device: torch.device) -> str:
+    """The name to record: the GPU's, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The peak FLOP/s that MFU is measured against, and where the number comes from.
+
+    A GPU's is its data sheet's. A CPU has no honest data sheet (clocks, cores lent by a scheduler): its peak is the best
+    of several timed matrix products on the threads this rank has.
+    """
+    if device.type == "cuda":
+        name = device_name(device)
+        for key, peaks in GPU_PEAKS.items():
+            if key in name and dtype in peaks:
+                return peaks[dtype], f"{key} data sheet, dense {dtype}".replace("torch.", "")
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    source = f"measured: best of 12 products of two {size} x {size} {dtype} matrices, {torch.get_num_threads()} threads"
+    return 2 * size**3 / best, source.replace("torch.", "")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory this rank has held: on its GPU, or in its address space."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

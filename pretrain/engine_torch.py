@@ -1,0 +1,91 @@
+"""The oracle: the training step in plain torch, as short as it can be. Tests hold every other engine against it.
+
+Data parallelism is a sum of gradients. In bf16 and fp16 the forward and backward run on low-precision copies of fp32
+masters, and gradients are accumulated in fp32; there is no loss scaling, so fp16 here is for comparison only.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from model.decoder import Decoder
+from pretrain.boxes import Box, Piece
+from pretrain.config import RunConfig
+from pretrain.engine import DTYPES, StepStats, decoder_inputs, global_valid_tokens
+from pretrain.optimizers import build_optimizer, parameter_groups
+
+
+class TorchEngine:
+    """Plain torch, every rank holding everything."""
+
+    def __init__(self, decoder: Decoder, config: RunConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.masters = {name: nn.Parameter(value.detach().clone()) for name, value in decoder.named_parameters()}
+        self.decoder = decoder.to(DTYPES[config.precision])
+        groups = parameter_groups(self.masters.items(), config.optimizer.weight_decay)
+        self.optimizer = build_optimizer(groups, config.optimizer)
+
+    def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
+        """See Engine."""
+        valid_tokens = global_valid_tokens(batches, self.device)
+        nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        for batch in batches:
+            sums = self.decoder(**decoder_inputs(batch, self.device), z_loss=self.config.optimizer.z_loss)
+            (sums.total / valid_tokens).backward()
+            nll += sums.nll
+            for name, parameter in self.decoder.named_parameters():
+                assert parameter.grad is not None
+                self.masters[name].grad += parameter.grad  # type: ignore[operator]
+                parameter.grad = None
+        if dist.is_initialized():
+            for master in self.masters.values():
+                dist.all_reduce(master.grad)
+        grads = [master.grad for master in self.masters.values() if master.grad is not None]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if self.config.optimizer.grad_clip:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.optimizer.grad_clip, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self._copy_masters()
+        return StepStats(nll, valid_tokens, grad_norm)
+
+    @torch.no_grad()
+    def validation_nll(self, batch: Batch) -> Tensor:
+        """See Engine."""
+        return self.decoder(**decoder_inputs(batch, self.device)).nll
+
+    def pieces(self) -> list[Piece]:
+        """See Engine."""
+        writer = not dist.is_initialized() or dist.get_rank() == 0
+        found = []
+        for name, master in self.masters.items():
+            state = self.optimizer.state[master]
+            if not state:
+                state["step"] = torch.zeros((), device=self.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+            views = {"fp32": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
+            shape = tuple(master.shape)
+            found.append(Piece(name, shape, Box((0,) * len(shape), shape), writer, views))
+        return found
+
+    def scalars(self) -> dict[str, Any]:
+        """See Engine."""
+        return {"optimizer_steps": max((int(state["step"]) for state in self.optimizer.state.values()), default=0)}
+
+    def restored(self, scalars: dict[str, Any]) -> None:
+        """See Engine."""
+        for state in self.optimizer.state.values():
+            state["step"].fill_(scalars["optimizer_steps"])
+        self._copy_masters()
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, parameter in self.decoder.named_parameters():
+            parameter.copy_(self.masters[name])

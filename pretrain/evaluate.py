@@ -1,0 +1,262 @@
+"""Perplexity by documents: every token of a corpus is scored exactly once, given the start of its own document.
+
+A document's targets are its tokens t1 .. tn and the EOS that ends it; its inputs are the start token and t1 .. tn. A
+document that is longer than the window W is read through windows that begin every S targets (the stride): each counts
+only the targets that no earlier window has scored, so S < W gives every later token at least W - S tokens of context.
+
+    loss = sum of -ln p(target | what its window holds before it) / tokens        nats a token
+    perplexity = exp(loss)
+    bits per byte = sum of -log2 p / raw UTF-8 bytes of the documents             comparable across tokenizers
+
+Each is a ratio of sums over the corpus, held in fp64; nothing is averaged over batches, windows or ranks.
+Shapes: B windows of a batch, T the longest of them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import IGNORED_TARGET
+from data_pipeline.corpus import Document
+from pretrain.load_model import LoadedModel
+
+POOLED_BATCHES = 16  # windows of about so many batches are sorted by length together: more pads less, and holds more
+DEFAULT_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How documents are cut, in targets, and how many tokens of them (padding included) go through the model at once.
+
+    Raises ValueError unless 1 <= stride <= window <= batch_tokens.
+    """
+
+    window: int
+    stride: int
+    batch_tokens: int
+
+    @classmethod
+    def of(
+        cls, model: LoadedModel, window: int | None = None, stride: int | None = None, batch_tokens: int | None = None
+    ) -> "Windowing":
+        """Fill in what is not given: the model's training length, windows side by side, a few windows a batch."""
+        window = model.context_length if window is None else window
+        stride = window if stride is None else stride
+        return cls(window, stride, max(window, DEFAULT_BATCH_TOKENS) if batch_tokens is None else batch_tokens)
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: a window holds at least one token")
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(
+                f"stride={self.stride} must lie between 1 and window={self.window}: a longer one would skip tokens"
+            )
+        if self.batch_tokens < self.window:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} does not hold one window={self.window}: raise it, or lower the window"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of a forward pass: inputs and targets `(T,)` int64; a target scored by an earlier window is -100.
+
+    ends_bytes: on the last window of a document, the raw UTF-8 bytes of the document; None on the others.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    domain: str = ""
+    ends_bytes: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over some documents. `nats` is the negative log-likelihood of their `tokens` targets."""
+
+    nats: float = 0.0
+    tokens: int = 0
+    bytes: int = 0
+    documents: int = 0
+
+    @classmethod
+    def sum(cls, scores: Sequence["Score"]) -> "Score":
+        return cls(
+            nats=math.fsum(score.nats for score in scores),
+            tokens=sum(score.tokens for score in scores),
+            bytes=sum(score.bytes for score in scores),
+            documents=sum(score.documents for score in scores),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is reported: loss, perplexity, bits_per_byte and the counts behind them."""
+        loss = self.nats / self.tokens
+        return {
+            "loss": loss,
+            "perplexity": float(np.exp(loss)),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a corpus by domain, and the conventions without which they cannot be compared.
+
+    start_token: what the first token of a document is given: "bos", or "eos" for a tokenizer without BOS.
+    eos_scored: False for a tokenizer without EOS, where nothing tells that a document ends.
+    """
+
+    by_domain: Mapping[str, Score]
+    window: int
+    stride: int
+    start_token: str
+    eos_scored: bool
+
+    @classmethod
+    def of(cls, model: LoadedModel, windowing: Windowing, shares: Sequence[Mapping[str, Score]]) -> "Evaluation":
+        """Add up the ranks' shares. Raises ValueError for a domain whose sums mean nothing."""
+        by_domain = {name: Score.sum([share[name] for share in shares]) for name in shares[0]}
+        for name, score in by_domain.items():
+            _check(name, score)
+        _, start_token = model.start_token
+        eos_scored = model.tokenizer.eos_id is not None
+        return cls(by_domain, windowing.window, windowing.stride, start_token, eos_scored)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values: the whole corpus, each domain under `by_domain`, and the conventions."""
+        return {
+            **Score.sum(list(self.by_domain.values())).as_dict(),
+            "by_domain": {name: score.as_dict() for name, score in self.by_domain.items()},
+            "window": self.window,
+            "stride": self.stride,
+            "start_token": self.start_token,
+            "eos_scored": self.eos_scored,
+        }
+
+
+def evaluate(model: LoadedModel, domains: Mapping[str, Iterable[Document]], windowing: Windowing) -> Evaluation:
+    """Score every document of every domain in this process. Raises ValueError for a domain without text, and for a
+    loss that is not finite."""
+    return Evaluation.of(model, windowing, [score(model, domains, windowing)])
+
+
+@torch.inference_mode()
+def score(
+    model: LoadedModel,
+    domains: Mapping[str, Iterable[Document]],
+    windowing: Windowing,
+    rank: int = 0,
+    world: int = 1,
+    on_progress: Callable[[Score], None] = lambda so_far: None,
+) -> dict[str, Score]:
+    """The sums of this rank's share of each domain; all ranks' shares together are the corpus.
+
+    Neither `batch_tokens` nor `world` changes the total beyond the rounding of a forward pass. Memory is bounded by the
+    longest document, never by the corpus. `on_progress` is told after each batch, without the nats, which stay on the
+    device until the end.
+    """
+    device = next(model.decoder.parameters()).device
+    rows = {name: row for row, name in enumerate(domains)}
+    nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    counts = np.zeros((len(rows), 3), dtype=np.int64)  # tokens, bytes, documents
+    for batch in packed(_windows(model, deal(domains, rank, world), windowing), windowing.batch_tokens):
+        inputs_BT, targets_BT = (tensor.to(device) for tensor in padded(batch))
+        losses_BT = model.decoder.token_losses(inputs_BT, targets_BT)
+        nats.index_add_(0, torch.tensor([rows[row.domain] for row in batch], device=device), losses_BT.double().sum(1))
+        for row in batch:
+            ended = row.ends_bytes is not None
+            counts[rows[row.domain]] += (row.targets != IGNORED_TARGET).sum(), row.ends_bytes or 0, ended
+        on_progress(Score(0.0, *counts.sum(axis=0).tolist()))
+    return {name: Score(nats[row].item(), *counts[row].tolist()) for name, row in rows.items()}
+
+
+def _check(name: str, score: Score) -> None:
+    """Raise ValueError for sums that mean nothing."""
+    if not score.bytes:
+        raise ValueError(f"{name}: {score.documents} documents and no text: there is nothing to measure")
+    if not math.isfinite(score.nats):
+        raise ValueError(f"{name}: the loss is {score.nats}, so the model overflows in this precision: try fp32")
+
+
+def deal(domains: Mapping[str, Iterable[Document]], rank: int, world: int) -> Iterator[tuple[str, Document]]:
+    """This rank's documents with their domains: each document goes to the rank that was dealt the least text so far.
+
+    A pure function of the corpus, so that the ranks agree without a word, and finish at about the same time.
+    """
+    load_characters = [0] * world
+    for name, documents in domains.items():
+        for document in documents:
+            owner = load_characters.index(min(load_characters))
+            load_characters[owner] += len(document.text) + 1  # 1: empty documents go round, too
+            if owner == rank:
+                yield name, document
+
+
+def _windows(model: LoadedModel, documents: Iterable[tuple[str, Document]], windowing: Windowing) -> Iterator[Window]:
+    start, _ = model.start_token
+    for name, document in documents:
+        ids = model.tokenizer.encode_batch([document.text])[0]
+        ends_bytes = len(document.text.encode("utf-8"))
+        yield from document_windows(ids, start, model.tokenizer.eos_id, windowing, name, ends_bytes)
+
+
+def document_windows(
+    ids: np.ndarray, start: int, eos: int | None, windowing: Windowing, domain: str = "", ends_bytes: int = 0
+) -> Iterator[Window]:
+    """The windows of one document of token ids `(n,)`, at least one; over all of them each target counts once."""
+    sequence = np.concatenate([[start], ids, [] if eos is None else [eos]]).astype(np.int64)
+    inputs, targets = sequence[:-1], sequence[1:]
+    begin = scored = 0
+    while True:
+        end = min(begin + windowing.window, len(targets))
+        counted = targets[begin:end].copy()
+        counted[: scored - begin] = IGNORED_TARGET
+        last = end == len(targets)
+        yield Window(inputs[begin:end], counted, domain, ends_bytes if last else None)
+        if last:
+            return
+        begin, scored = begin + windowing.stride, end
+
+
+def packed(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length whose number times the longest is at most `batch_tokens`."""
+    pool: list[Window] = []
+    pooled_tokens = 0
+    for window in windows:
+        pool.append(window)
+        pooled_tokens += max(1, len(window))
+        if pooled_tokens >= POOLED_BATCHES * batch_tokens:
+            yield from _cut(pool, batch_tokens)
+            pool, pooled_tokens = [], 0
+    yield from _cut(pool, batch_tokens)
+
+
+def _cut(pool: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Longest first: the first row of a batch is its longest, and too large a batch shows at once, not hours later."""
+    pool = sorted(pool, key=len, reverse=True)
+    while pool:
+        rows = batch_tokens // max(1, len(pool[0]))
+        yield pool[:rows]
+        pool = pool[rows:]
+
+
+def padded(batch: list[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets `(B, T)`, padded on the right with token 0 and target -100; causality hides the padding."""
+    width = max(1, *(len(row) for row in batch))  # 1: an empty document without EOS has no target, yet is counted
+    inputs_BT = torch.zeros(len(batch), width, dtype=torch.int64)
+    targets_BT = torch.full((len(batch), width), IGNORED_TARGET, dtype=torch.int64)
+    for at, row in enumerate(batch):
+        inputs_BT[at, : len(row)] = torch.from_numpy(row.inputs)
+        targets_BT[at, : len(row)] = torch.from_numpy(row.targets)
+    return inputs_BT, targets_BT

@@ -1,0 +1,179 @@
+"""One evaluation from request to result, on one rank or on several that a launcher starts with this module."""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch.distributed as dist
+
+from data_pipeline.corpus import COMPRESSION_SUFFIXES, Document, Rejected, corpus_bytes, read_documents
+from pretrain.device import detect, init_process_group, new_cpu_group
+from pretrain.engine import DTYPES
+from pretrain.evaluate import Evaluation, Score, Windowing, score
+from pretrain.evaluate_progress import ProgressDisplay
+from pretrain.load_model import LoadedModel, load_model
+from pretrain.run_dir import read_json, write_json
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What to evaluate, as plain values, so that it can travel to ranks as JSON.
+
+    data: {domain: path}, see `parse_domains`. Windows are in targets, None for the model's own (see `Windowing.of`).
+    total_bytes: of the text, if `survey` counted it; only the display of progress uses it.
+    """
+
+    model: str
+    data: dict[str, str]
+    window: int | None = None
+    stride: int | None = None
+    batch_tokens: int | None = None
+    step: int | None = None
+    tokenizer: str | None = None
+    precision: str = "fp32"
+    text_field: str = "text"
+    total_bytes: int | None = None
+
+
+def parse_domains(arguments: list[str]) -> dict[str, str]:
+    """`name=path`, or a path whose stem is the name, as {name: path}. Raises ValueError for a name given twice."""
+    domains: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not equals or Path(argument).exists():
+            name, path = domain_name(argument), argument
+        if not name or not path:
+            raise ValueError(f"--data {argument}: expected PATH or NAME=PATH")
+        if name in domains:
+            raise ValueError(
+                f"--data {argument}: the domain {name} is {domains[name]} already; tell them apart by NAME=PATH"
+            )
+        domains[name] = path
+    if not domains:
+        raise ValueError("there is nothing to evaluate: name a corpus with --data PATH")
+    return domains
+
+
+def domain_name(path: str) -> str:
+    """`corpora/news.jsonl.gz` is the domain `news`, a folder its own name."""
+    name = Path(path).resolve().name if Path(path).exists() else PurePosixPath(path).name
+    for suffix in COMPRESSION_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return PurePosixPath(name).stem
+
+
+def documents_of(path: str, text_field: str) -> Iterator[Document]:
+    """The documents of one domain. Raises ValueError at the first broken record: a measurement leaves nothing out."""
+
+    def refuse(record: Rejected) -> None:
+        if record.raw is not None:
+            where = f"{record.path}:{record.line}" if record.line else record.path
+            raise ValueError(f"{where}: {record.reason}; repair or remove it, a measurement leaves nothing out")
+
+    return read_documents([path], text_field, on_bad=refuse)
+
+
+def survey(data: dict[str, str], text_field: str) -> int | None:
+    """Read everything once, which is quick beside scoring it: bytes of text, so that what is broken or empty shows
+    before the model runs and the time left is known. None where a corpus is not local, and would be fetched twice.
+
+    Raises ValueError for a corpus that is missing, broken or has no text.
+    """
+    total = 0
+    for name, path in data.items():
+        if corpus_bytes([path]) is None:
+            return None
+        text_bytes = sum(len(document.text.encode("utf-8")) for document in documents_of(path, text_field))
+        if not text_bytes:
+            raise ValueError(f"{name}: the documents of {path} hold no text, there is nothing to measure")
+        total += text_bytes
+    return total
+
+
+def run_job(job: EvaluationJob) -> dict[str, Any]:
+    """Evaluate in this process; returns what `--json` prints: the model, `Evaluation.as_dict()` and the precision.
+
+    Raises ValueError for whatever is wrong with the model, the corpus or the windows.
+    """
+    share = _score_share(job, rank=0, world=1)
+    return _result(job, share.model, Evaluation.of(share.model, share.windowing, [share.scores]))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank scored, and with what."""
+
+    model: LoadedModel
+    windowing: Windowing
+    scores: dict[str, Score]
+
+
+def _score_share(job: EvaluationJob, rank: int, world: int) -> _Share:
+    if job.precision not in PRECISIONS:
+        raise ValueError(f"precision={job.precision}: an evaluation runs in {' or '.join(PRECISIONS)}")
+    tokenizer = Path(job.tokenizer) if job.tokenizer else None
+    model = load_model(Path(job.model), job.step, tokenizer, DTYPES[job.precision])
+    windowing = Windowing.of(model, job.window, job.stride, job.batch_tokens)
+    domains = {name: documents_of(path, job.text_field) for name, path in job.data.items()}
+    with ProgressDisplay(job.total_bytes, world, shown=rank == 0) as display:
+        return _Share(model, windowing, score(model, domains, windowing, rank, world, display.update))
+
+
+def _result(job: EvaluationJob, model: LoadedModel, evaluation: Evaluation) -> dict[str, Any]:
+    return {"model": model.name, "step": model.step, **evaluation.as_dict(), "precision": job.precision}
+
+
+def main() -> None:
+    """One of several ranks: `python -m pretrain.evaluate_job JOB.json RESULT.json`.
+
+    A user's mistake is a result, too: every rank brings its share or its error to one gathering, none leaves alone, and
+    rank 0 writes {"result": ...} or {"error": ...}.
+    """
+    job = EvaluationJob(**read_json(Path(sys.argv[1])))
+    init_process_group(detect())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share: _Share | None = None
+    failure: str | None = None
+    try:
+        share = _score_share(job, rank, world)
+    except (ValueError, FileNotFoundError) as error:
+        failure = str(error)
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, (share and share.scores, failure), group=new_cpu_group())
+    if rank == 0:
+        write_json(Path(sys.argv[2]), _verdict(job, share, everyone))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _verdict(job: EvaluationJob, share: _Share | None, everyone: list[Any]) -> dict[str, Any]:
+    failures = [failure for _, failure in everyone if failure is not None]
+    if failures:
+        return {"error": failures[0]}
+    assert share is not None
+    try:
+        evaluation = Evaluation.of(share.model, share.windowing, [scores for scores, _ in everyone])
+    except ValueError as error:
+        return {"error": str(error)}
+    return {"result": _result(job, share.model, evaluation)}
+
+
+def run_job_on_ranks(job: EvaluationJob, nproc: int, start: Callable[[str, list[str], int], None]) -> dict[str, Any]:
+    """`run_job`, shared by `nproc` local ranks that `start(module, arguments, nproc)` starts and waits for."""
+    with tempfile.TemporaryDirectory(prefix="steppe-eval-") as scratch:
+        job_path, result_path = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        write_json(job_path, asdict(job))
+        start("pretrain.evaluate_job", [str(job_path), str(result_path)], nproc)
+        verdict = read_json(result_path)
+    if "error" in verdict:
+        raise ValueError(verdict["error"])
+    return verdict["result"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A trained model, ready to score and to write: from a run, one of its checkpoints, or a Hugging Face folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from data_pipeline.tokenizer import Tokenizer
+from model.config import ModelConfig, padded_vocab_size
+from model.decoder import Decoder
+from model.parameters import parameter_shapes
+from pretrain.checkpoint import checkpoint_path, list_checkpoints, newest_checkpoint, read_index, read_weights
+from pretrain.device import detect
+from pretrain.hf import load_hf_folder
+from pretrain.run_dir import RunDir, read_json
+
+DEFAULT_CONTEXT = 2048  # for a Hugging Face folder that states none
+LONGEST_CONTEXT = 4096  # what a Hugging Face folder claims may be 131,072: more than memory has room for
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder on this rank's device, its tokenizer, and where they come from.
+
+    context_length: tokens that the model was trained to see at once. step: None for a Hugging Face folder.
+    """
+
+    decoder: Decoder
+    config: ModelConfig
+    tokenizer: Tokenizer
+    context_length: int
+    name: str
+    step: int | None
+
+    @property
+    def start_token(self) -> tuple[int, str]:
+        """What precedes a document's first token, and its name: BOS, or for a tokenizer without one the EOS of the
+        document before. Raises ValueError if there is neither."""
+        if self.tokenizer.bos_id is not None:
+            return self.tokenizer.bos_id, "bos"
+        if self.tokenizer.eos_id is not None:
+            return self.tokenizer.eos_id, "eos"
+        raise ValueError(f"{self.tokenizer.path} has neither BOS nor EOS: a document's first token has no context then")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a folder holds, before it is checked."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer_path: Path
+    tokenizer_fingerprint: str | None
+    context_length: int
+    step: int | None
+
+
+def load_model(
+    target: Path, step: int | None = None, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32
+) -> LoadedModel:
+    """Load a run folder (its newest checkpoint, or that of `step`), a checkpoint folder, or a Hugging Face folder.
+
+    tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
+    pass; logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a parameter, so
+    memory holds the weights once.
+    Raises ValueError if `target` is no model, has no such step, holds a tensor that is not finite or does not fit its
+    config, or if the tokenizer is not the model's.
+    """
+    if RunDir(target).config_path.is_file():
+        found = _from_checkpoint(_checkpoint_of_run(RunDir(target), step))
+    elif step is not None:
+        raise ValueError(f"--step {step}: only a run has several steps, and {target} has no config.yaml")
+    elif (target / "index.json").is_file():
+        found = _from_checkpoint(target)
+    elif (target / "config.json").is_file():
+        found = _from_hf(target)
+    else:
+        raise ValueError(
+            f"{target} is not a model: expected a run (config.yaml), a checkpoint (index.json) or a Hugging Face folder "
+            "(config.json)"
+        )
+    _check_weights(target, found)
+    loaded_tokenizer = _checked_tokenizer(target, found, tokenizer)
+    with init_empty_weights():
+        decoder = Decoder(found.config)
+    decoder.load_state_dict({name: weight.to(dtype) for name, weight in found.weights.items()}, assign=True)
+    decoder.requires_grad_(False)
+    decoder.to(detect()).eval()
+    return LoadedModel(decoder, found.config, loaded_tokenizer, found.context_length, str(target), found.step)
+
+
+def _checkpoint_of_run(run: RunDir, step: int | None) -> Path:
+    newest = newest_checkpoint(run.checkpoints)
+    if newest is None:
+        raise ValueError(f"{run.path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
+    if step is None:
+        return newest
+    chosen = checkpoint_path(run.checkpoints, step)
+    if not chosen.is_dir():
+        kept = ", ".join(str(int(path.name.removeprefix("step_"))) for path in list_checkpoints(run.checkpoints))
+        raise ValueError(f"--step {step}: {run.path} has no checkpoint of that step, it keeps {kept}")
+    return chosen
+
+
+def _from_checkpoint(checkpoint: Path) -> _Found:
+    index = read_index(checkpoint)
+    return _Found(
+        config=index.model,
+        weights=read_weights(checkpoint),
+        tokenizer_path=RunDir(checkpoint.resolve().parent.parent).tokenizer_path,
+        tokenizer_fingerprint=index.tokenizer_fingerprint,
+        context_length=index.config.data.sequence_length,
+        step=index.step,
+    )
+
+
+def _from_hf(folder: Path) -> _Found:
+    config, weights = load_hf_folder(folder)
+    claimed = read_json(folder / "config.json").get("max_position_embeddings") or DEFAULT_CONTEXT
+    return _Found(
+        config=config,
+        weights=weights,
+        tokenizer_path=folder / "tokenizer.model",
+        tokenizer_fingerprint=None,
+        context_length=min(claimed, LONGEST_CONTEXT),
+        step=None,
+    )
+
+
+def _check_weights(target: Path, found: _Found) -> None:
+    """Raise ValueError unless the tensors are those of the config, and finite."""
+    shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(found.config)
+    for name in sorted(shapes.keys() ^ found.weights.keys()):
+        problem = "lacks the tensor" if name in shapes else "holds a tensor that its config has no place for:"
+        raise ValueError(f"{target} {problem} {name}: it is incomplete, or of another architecture")
+    for name, weight in found.weights.items():
+        if tuple(weight.shape) != shapes[name]:
+            raise ValueError(f"{target}: {name} has shape {list(weight.shape)}, its config says {list(shapes[name])}")
+        if not weight.isfinite().all():
+            bad = weight.numel() - int(weight.isfinite().sum())
+            raise ValueError(f"{target}: {name} holds {bad} values that are NaN or infinite; use an earlier checkpoint")
+
+
+def _checked_tokenizer(target: Path, found: _Found, explicit: Path | None) -> Tokenizer:
+    """The tokenizer that the model was trained with. Raises ValueError for any other.
+
+    A Hugging Face folder does not say which that is, so there only the size tells: it may fall short of the model's
+    vocabulary by no more than padding explains.
+    """
+    path = found.tokenizer_path if explicit is None else explicit
+    if not path.is_file():
+        remedy = "name its sentencepiece model with --tokenizer FILE" if explicit is None else "check --tokenizer"
+        raise ValueError(f"{target}: no tokenizer at {path}; {remedy}")
+    tokenizer = Tokenizer(path)
+    if found.tokenizer_fingerprint not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{path} is not the tokenizer that {target} was trained with: its fingerprint is {tokenizer.fingerprint}, "
+            f"the checkpoint says {found.tokenizer_fingerprint}"
+        )
+    padded_only = found.config.vocab_size <= padded_vocab_size(tokenizer.vocab_size)
+    known = found.tokenizer_fingerprint is not None
+    if tokenizer.vocab_size > found.config.vocab_size or not (known or padded_only):
+        raise ValueError(
+            f"{path} has {tokenizer.vocab_size} tokens, but the vocabulary of {target} has {found.config.vocab_size}: "
+            "name the model's own with --tokenizer FILE"
+        )
+    return tokenizer

@@ -1,0 +1,112 @@
+"""From YAML and `--set key=value` to a RunConfig, with errors that a person can act on."""
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pretrain.config import RunConfig
+from pretrain.run_dir import write_durably
+
+# What may stand in a section but is no field of it.
+ALIASES: dict[str, tuple[str, ...]] = {"model": ("preset",)}
+
+
+def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a YAML recipe, apply the overrides in order, validate.
+
+    Raises ValueError (one line: value, rule, remedy) for anything that is wrong with it.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} is not a recipe: expected a mapping of sections such as model, data and batch")
+    return validated(apply_overrides(tree, overrides))
+
+
+def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """`a.b=VALUE`, VALUE in YAML: a mapping merges into what is there, anything else replaces it. Returns a new tree."""
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ValueError(f"--set {override}: expected KEY=VALUE with a dotted key, such as optimizer.lr=3e-4")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {key}: {text!r} is not valid YAML: {' '.join(str(error).split())}") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return tree
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """`change` laid over `base`, mapping by mapping."""
+    result = dict(base)
+    for key, value in change.items():
+        inner = result.get(key)
+        result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return result
+
+
+def validated(tree: dict[str, Any]) -> RunConfig:
+    """Validate a tree; all of its mistakes on one line each, the first one leading."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_worded(tree, entry) for entry in error.errors())) from None
+
+
+def _worded(tree: dict[str, Any], entry: Any) -> str:
+    """One pydantic error as `key=value: rule; remedy`."""
+    parts = [str(part) for part in entry["loc"]]
+    key = ".".join(parts)
+    if entry["type"] == "extra_forbidden":
+        known = _keys_of_section(parts[:-1])
+        near = difflib.get_close_matches(parts[-1], known, n=1) or difflib.get_close_matches(
+            parts[-1], _all_keys(), n=1
+        )
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {key}: {hint}"
+    if entry["type"] == "missing":
+        return f"{key} is missing: set it in the recipe or with --set {key}=VALUE"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={entry['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model inside an annotation such as `tuple[SourceConfig, ...]` or `RopeScaling | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) is None:
+        return None
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
+
+
+def _keys_of_section(parts: list[str]) -> list[str]:
+    section: type[BaseModel] = RunConfig
+    for part in parts:
+        field = section.model_fields.get(part)
+        section = (_section(field.annotation) if field else None) or section
+    return [*section.model_fields, *ALIASES.get(".".join(parts), ())]
+
+
+def _all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        keys += [prefix + name, *(_all_keys(inner, f"{prefix}{name}.") if inner else [])]
+    return keys
+
+
+def dump_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved tree as YAML, durably."""
+    write_durably(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

@@ -1,0 +1,101 @@
+"""What a run says about itself, from one rank: events.jsonl at full precision, TensorBoard, and lines for a person."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import SummaryWriter
+
+from pretrain.progress import StepProgress
+from pretrain.run_dir import RunDir
+
+# Scalars of a step event that TensorBoard shows, with units in their names.
+STEP_SCALARS = {
+    "loss": "train/loss_nats_per_token",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/learning_rate",
+    "tokens": "train/tokens",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "step_seconds": "speed/step_seconds",
+    "data_seconds": "speed/data_seconds",
+    "memory_bytes": "memory/peak_bytes_per_rank",
+}
+
+
+class Recorder(Protocol):
+    """What the loop tells."""
+
+    def step(self, **event: Any) -> None:
+        """One optimizer step."""
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
+        """Losses on held-out sources."""
+
+    def event(self, kind: str, say: str = "", **event: Any) -> None:
+        """Anything else; `say` is the line for a person."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class SilentRecorder:
+    """Of the ranks that do not log."""
+
+    def step(self, **event: Any) -> None: ...
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None: ...
+
+    def event(self, kind: str, say: str = "", **event: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class RunRecorder:
+    """Writes into a run's folder. A resumed run appends: where a step was made twice, the later line holds."""
+
+    def __init__(self, run_dir: RunDir, first_step: int, total_steps: int | None, total_tokens: int | None) -> None:
+        self.events = open(run_dir.events_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
+        self.progress = StepProgress(first_step, total_steps, total_tokens)
+
+    def step(self, **event: Any) -> None:
+        self._write("step", event)
+        for key, name in STEP_SCALARS.items():
+            self.tensorboard.add_scalar(name, event[key], event["step"])
+        self.progress.step(event)
+
+    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
+        self._write("evaluation", {"step": step, "tokens": tokens, "losses": losses})
+        for source, loss in losses.items():
+            self.tensorboard.add_scalar(f"validation/{source}_loss_nats_per_token", loss, step)
+        self.progress.say(
+            f"step {step}: validation " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        )
+
+    def event(self, kind: str, say: str = "", **event: Any) -> None:
+        self._write(kind, event)
+        if say:
+            self.progress.say(say)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.tensorboard.close()
+        self.events.close()
+
+    def _write(self, kind: str, event: dict[str, Any]) -> None:
+        self.events.write(json.dumps({"type": kind, **event, "time": time.time()}) + "\n")
+
+
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run, oldest first. A last line that a crash cut short is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if kind is None or event["type"] == kind:
+            events.append(event)
+    return events

@@ -1,0 +1,54 @@
+"""What a step is made of, as pure functions of the config: its batch size, its learning rate, and when the run ends."""
+
+import math
+from collections.abc import Iterator
+
+from pretrain.config import RunConfig, ScheduleConfig
+
+
+def batch_size_at(config: RunConfig, tokens: int) -> int:
+    """The global batch, in sequences, of the step that begins after `tokens` consumed tokens."""
+    return next((size for end, size in config.batch.ramp if tokens < end), config.batch.global_batch_size)
+
+
+def batch_plan(config: RunConfig, position: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """(first position, size in sequences) of every global batch from here on; it does not end by itself."""
+    while True:
+        size = batch_size_at(config, tokens)
+        yield position, size
+        position, tokens = position + size, tokens + size * config.data.sequence_length
+
+
+def progress(schedule: ScheduleConfig, step: int, tokens: int) -> int:
+    """How far the run is, in the schedule's unit."""
+    return tokens if schedule.counts_tokens else step
+
+
+def finished(schedule: ScheduleConfig, step: int, tokens: int) -> bool:
+    """Whether the run has reached its length after `step` steps and `tokens` tokens."""
+    return progress(schedule, step, tokens) >= schedule.total
+
+
+def learning_rate(config: RunConfig, step: int, tokens: int) -> float:
+    """The learning rate of the step that begins after `step` steps and `tokens` tokens.
+
+    Warm-up rises linearly and already moves in its first step: it counts the step being made, (progress + one step).
+    cosine: Loshchilov & Hutter 2017, equation 5, without restarts; wsd: Hu et al. 2024 (MiniCPM), linear decay.
+    """
+    schedule, peak = config.schedule, config.optimizer.lr
+    one_step = batch_size_at(config, tokens) * config.data.sequence_length if schedule.counts_tokens else 1
+    done = progress(schedule, step, tokens)
+    if done < schedule.warmup:
+        return peak * min(1.0, (done + one_step) / schedule.warmup)
+    start = schedule.total - schedule.decay if schedule.decay is not None else schedule.warmup
+    share = min(1.0, max(0.0, (done - start) / max(1, schedule.total - start)))
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * SHAPES[schedule.name](share))
+
+
+# From 1 at the start of the decay to 0 at its end; a test asserts that the names are those of ScheduleConfig.
+SHAPES = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "linear": lambda share: 1 - share,
+    "wsd": lambda share: 1 - share,
+    "constant": lambda share: 1.0,
+}

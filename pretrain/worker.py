@@ -1,0 +1,61 @@
+"""One rank of a training run: `python -P -m pretrain.worker RUN_DIR`, started by a launcher that sets RANK and friends."""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+
+from pretrain.device import detect, init_process_group
+from pretrain.environment import describe_environment
+from pretrain.outcome import exit_code_of
+from pretrain.recipe import load_config
+from pretrain.run_dir import RunDir, write_json
+from pretrain.train import train
+
+
+def main() -> None:
+    """Train, then let rank 0 write outcome.json once every rank is through; or say why this rank could not go on."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--stop-after", type=int, default=None)
+    args = parser.parse_args()
+    run_dir, rank = RunDir(args.run_dir), int(os.environ["RANK"])
+    divert_output(run_dir.rank_log(rank), streams=(1, 2) if rank else (1,))
+    try:
+        device = detect()
+        init_process_group(device)
+        if rank == 0:
+            write_json(run_dir.environment_path, describe_environment(device, dist.get_world_size()))
+        outcome = train(run_dir, load_config(run_dir.config_path), device, args.stop_after)
+        dist.barrier()
+        if rank == 0:
+            outcome.write(run_dir)
+        dist.destroy_process_group()
+    except Exception as error:
+        # No barrier here: the other ranks are in the middle of something, and the launcher ends them.
+        with open(run_dir.rank_log(rank), "a", encoding="utf-8") as log:
+            traceback.print_exc(file=log)
+        reason = {"exit_code": exit_code_of(error), "type": type(error).__name__, "message": str(error)}
+        write_json(run_dir.rank_error(rank), reason)
+        sys.exit(1)
+
+
+def divert_output(path: Path, streams: tuple[int, ...]) -> None:
+    """Send this process's stdout (and stderr, except on rank 0, which speaks to the terminal) to its log.
+
+    The libraries' remarks and warnings go there too.
+    """
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in streams:
+        os.dup2(log, stream)
+    os.close(log)
+    logging.basicConfig(stream=sys.stdout, level=logging.WARNING)
+    logging.captureWarnings(True)
+
+
+if __name__ == "__main__":
+    main()

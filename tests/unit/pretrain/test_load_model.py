@@ -1,0 +1,193 @@
+"""Loading: a run, a checkpoint, a Hugging Face folder; and every way in which one of them can be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from pretrain.checkpoint import checkpoint_path, save_checkpoint
+from pretrain.config import RunConfig
+from pretrain.engine import build_decoder
+from pretrain.engine_torch import TorchEngine
+from pretrain.load_model import load_model
+from pretrain.recipe import dump_config
+from pretrain.run_dir import RunDir
+from pretrain.state import TrainState
+from tests.tiny_hf import TEXTS, VOCAB_SIZE, tiny_hf_folder
+
+
+def write_run(path: Path, steps: tuple[int, ...] = (10, 20)) -> RunDir:
+    """A run folder whose checkpoint of step N holds the initial weights of seed N."""
+    run = RunDir(path)
+    stats = train_tokenizer(TEXTS, VOCAB_SIZE, run.tokenizer_path)
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "vocab_size": VOCAB_SIZE}
+    config = RunConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": shape,
+            "data": {"sequence_length": 48, "sources": [{"name": "a", "path": "nowhere"}]},
+            "batch": {"global_batch_size": 2, "micro_batch_size": 2},
+            "optimizer": {"lr": 1e-3},
+            "schedule": {"name": "constant", "total_steps": 30},
+        }
+    )
+    dump_config(config, run.config_path)
+    device = torch.device("cpu")
+    for step in steps:
+        decoder = build_decoder(config.model_copy(update={"seed": step}), device, torch.float32)
+        engine = TorchEngine(decoder, config, device)
+        save_checkpoint(run.checkpoints, engine, TrainState(step=step), config, stats.fingerprint, None)
+    return run
+
+
+def initial_weights(run: RunDir, seed: int) -> dict[str, torch.Tensor]:
+    from pretrain.recipe import load_config
+
+    config = load_config(run.config_path)
+    return build_decoder(config.model_copy(update={"seed": seed}), torch.device("cpu"), torch.float32).state_dict()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return write_run(tmp_path / "run")
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return tiny_hf_folder(tmp_path / "hf")
+
+
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_run_is_its_newest_checkpoint(run: RunDir) -> None:
+    model = load_model(run.path)
+    assert (model.step, model.context_length, model.name) == (20, 48, str(run.path))
+    assert same(model.decoder.state_dict(), initial_weights(run, 20))
+    assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+def test_a_run_at_a_step(run: RunDir) -> None:
+    model = load_model(run.path, step=10)
+    assert model.step == 10
+    assert same(model.decoder.state_dict(), initial_weights(run, 10))
+
+
+def test_a_checkpoint_folder_takes_its_runs_tokenizer(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(checkpoint_path(run.checkpoints, 10))
+    assert (model.step, model.context_length) == (10, 48)
+    assert model.tokenizer.fingerprint == Tokenizer(run.tokenizer_path).fingerprint
+    monkeypatch.chdir(checkpoint_path(run.checkpoints, 10))
+    assert load_model(Path(".")).step == 10
+
+
+def test_a_moved_checkpoint_needs_its_tokenizer_named(run: RunDir, tmp_path: Path) -> None:
+    alone = tmp_path / "elsewhere" / "deep" / "checkpoint"
+    shutil.copytree(checkpoint_path(run.checkpoints, 20), alone)
+    with pytest.raises(ValueError, match="no tokenizer at .*--tokenizer FILE"):
+        load_model(alone)
+    assert load_model(alone, tokenizer=run.tokenizer_path).step == 20
+
+
+def test_a_hugging_face_folder_gives_transformers_logits(hf: Path) -> None:
+    model = load_model(hf)
+    tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
+    with torch.no_grad():
+        expected = LlamaForCausalLM.from_pretrained(hf)(tokens).logits
+        found = model.decoder.logits(model.decoder.hidden(tokens))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (model.step, model.context_length) == (None, 64)
+
+
+@pytest.mark.parametrize(("claimed", "used"), [(131072, 4096), (None, 2048)])
+def test_a_claimed_context_is_bounded(hf: Path, claimed: int | None, used: int) -> None:
+    config = json.loads((hf / "config.json").read_text())
+    config["max_position_embeddings"] = claimed
+    (hf / "config.json").write_text(json.dumps(config))
+    assert load_model(hf).context_length == used
+
+
+def test_weights_take_the_asked_dtype(hf: Path) -> None:
+    assert {p.dtype for p in load_model(hf, dtype=torch.bfloat16).decoder.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    for target in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=r"not a model: expected a run \(config.yaml\), a checkpoint"):
+            load_model(target)
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: RunDir) -> None:
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(ValueError, match="a run without a checkpoint"):
+        load_model(run.path)
+
+
+def test_a_step_that_was_not_kept_is_refused(run: RunDir) -> None:
+    with pytest.raises(ValueError, match="--step 15: .* it keeps 10, 20"):
+        load_model(run.path, step=15)
+
+
+def test_a_step_of_what_has_none_is_refused(run: RunDir, hf: Path) -> None:
+    for target in (hf, checkpoint_path(run.checkpoints, 10)):
+        with pytest.raises(ValueError, match="--step 10: only a run"):
+            load_model(target, step=10)
+
+
+def test_another_tokenizer_is_refused(run: RunDir, tmp_path: Path) -> None:
+    train_tokenizer([*TEXTS, "another corpus"], VOCAB_SIZE, tmp_path / "other.model")
+    with pytest.raises(ValueError, match="not the tokenizer that .* was trained with: its fingerprint"):
+        load_model(run.path, tokenizer=tmp_path / "other.model")
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE + 10, 380])
+def test_a_tokenizer_of_another_size_is_refused(hf: Path, tmp_path: Path, vocab_size: int) -> None:
+    train_tokenizer(TEXTS, vocab_size, tmp_path / "other.model")
+    with pytest.raises(ValueError, match=rf"has {vocab_size} tokens, but the vocabulary of .* has 400"):
+        load_model(hf, tokenizer=tmp_path / "other.model")
+
+
+def test_a_vocabulary_may_be_padded(hf: Path, tmp_path: Path) -> None:
+    train_tokenizer(TEXTS, VOCAB_SIZE - 10, tmp_path / "other.model")
+    assert load_model(hf, tokenizer=tmp_path / "other.model").tokenizer.vocab_size == VOCAB_SIZE - 10
+
+
+def test_a_missing_tokenizer_is_refused(hf: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="check --tokenizer"):
+        load_model(hf, tokenizer=tmp_path / "missing.model")
+    (hf / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match="name its sentencepiece model with --tokenizer"):
+        load_model(hf)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(hf: Path, value: float) -> None:
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds 1 values that are NaN or infinite"):
+        load_model(hf)
+
+
+def test_weights_of_another_shape_are_refused(run: RunDir) -> None:
+    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
+    index = json.loads(index_path.read_text())
+    index["config"]["model"]["ffn_size"] = 128
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"has shape \[64, 32\], its config says \[128, 32\]"):
+        load_model(run.path)
+
+
+def test_weights_that_are_missing_are_refused(run: RunDir) -> None:
+    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
+    index = json.loads(index_path.read_text())
+    del index["parameters"]["norm.weight"]
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks the tensor norm.weight"):
+        load_model(run.path)
