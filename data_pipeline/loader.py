@@ -17,9 +17,9 @@ from data_pipeline.token_source import TokenSource, open_sources
 
 PREFETCHED = 2
 """Global batches that wait ready."""
-SAMPLES_AHEAD = 1024
+SAMPLES_AHEAD = 2048
 """Positions whose order is worked out at once: numpy's cost a call is spread over them."""
-PLANS_AHEAD = 64
+PLANS_AHEAD = 256
 """Global batches that may be asked of the plan ahead of need."""
 
 

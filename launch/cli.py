@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -34,7 +35,7 @@ def main() -> NoReturn:
         app()
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         sys.exit(explain(error))
     sys.exit(0)
 

@@ -9,19 +9,19 @@ import uuid
 GRACE_SECONDS = 600
 
 
-class RanksFailed(Exception):
+class RanksError(Exception):
     """Some rank ended with a nonzero code; what it left behind says why."""
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """The launcher was asked to stop and has seen its ranks through."""
 
 
 def run_ranks(module: str, args: list[str], nproc: int) -> None:
     """Run `python -P -m module args...` on `nproc` local ranks and wait for them.
 
-    SIGTERM and SIGINT go on to every rank, which then has GRACE_SECONDS. Raises RanksFailed if a rank fails (the others
-    are ended), Interrupted if a signal came and the ranks are through.
+    SIGTERM and SIGINT go on to every rank, which then has GRACE_SECONDS. Raises RanksError if a rank fails (the others
+    are ended), StoppedError if a signal came and the ranks are through.
     """
     # The launcher's own remarks would drown the one line that a user needs.
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
@@ -47,6 +47,6 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
     try:
         elastic_launch(config, sys.executable)("-P", "-m", module, *args)
     except ChildFailedError as error:
-        raise RanksFailed(str(error)) from None
+        raise RanksError(str(error)) from None
     except SignalException as error:
-        raise Interrupted(str(error)) from None
+        raise StoppedError(str(error)) from None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.manifest import Manifest
-from launch.ranks import Interrupted, RanksFailed, run_ranks
+from launch.ranks import RanksError, StoppedError, run_ranks
 from pretrain.config import RunConfig, changes, check_layout, check_resume
 from pretrain.outcome import EXIT_FAILED, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
@@ -77,7 +77,7 @@ def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
     args = [str(run.path), *([] if stop_after is None else ["--stop-after", str(stop_after)])]
     try:
         run_ranks("pretrain.worker", args, nproc)
-    except (RanksFailed, Interrupted) as error:
+    except (RanksError, StoppedError) as error:
         if not run.outcome_path.is_file():
             return failure(run, str(error))
     return Outcome.read(run)

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear head that never holds the logits of all tokens.
 
-N tokens, C tokens of a chunk, D model width, V vocabulary (padded), logits = hidden @ weight.T.
+N tokens, C tokens of a chunk, R of a piece of it, D model width, V vocabulary (padded), logits = hidden @ weight.T.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED_TARGET = -100
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 1024
+SOFTMAX_ELEMENTS = 1 << 22
 
 
 class LossSums(NamedTuple):
@@ -57,10 +58,7 @@ def linear_cross_entropy_tokens(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made with the loss, chunk by chunk, while the chunk's softmax is at hand; backward scales them.
-
-    With p = softmax(logits), the gradient of a token's loss by its logits is p (1 + 2 z_loss log Z) - onehot(target).
-    """
+    """Gradients are made with the loss, chunk by chunk, while the chunk's softmax is at hand; backward scales them."""
 
     @staticmethod
     def forward(
@@ -72,42 +70,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
+        N, V = len(targets_N), len(weight_VD)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_grad = needs_hidden or needs_weight
+        nll_N, log_partition_N = hidden_ND.new_empty((2, N), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed over chunks in fp32: in bf16 each addition would round the sum again.
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        nll_N = hidden_ND.new_empty(len(targets_N), dtype=torch.float32)
-        total = hidden_ND.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets_N), chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
-            hidden_CD, targets_C = hidden_ND[chunk], targets_N[chunk]
-            valid_C = (targets_C != IGNORED_TARGET).float()
-            target_C1 = targets_C.clamp(min=0)[:, None]
-            logits_CV = hidden_CD @ weight_VD.T
+        # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
+        logits_buffer = hidden_ND.new_empty(min(chunk_tokens, N), V)
+        for start in range(0, N, chunk_tokens):
+            chunk = slice(start, min(start + chunk_tokens, N))
+            logits_CV = torch.mm(hidden_ND[chunk], weight_VD.T, out=logits_buffer[: chunk.stop - start])
             logits_CV[:, vocab_size:] = -torch.inf
-
-            p_CV = logits_CV.float()
-            target_logit_C = p_CV.gather(1, target_C1)[:, 0]
-            max_C1 = p_CV.amax(dim=1, keepdim=True)
-            partition_C1 = p_CV.sub_(max_C1).exp_().sum(dim=1, keepdim=True)
-            log_partition_C = (partition_C1.log() + max_C1)[:, 0]
-            nll_N[chunk] = (log_partition_C - target_logit_C) * valid_C
-            total += torch.sum(nll_N[chunk] + z_loss * log_partition_C.square() * valid_C)
-            if not (needs_hidden or needs_weight):
-                continue
-
-            scale_C = valid_C * (1 + 2 * z_loss * log_partition_C)
-            p_CV *= scale_C[:, None] / partition_C1
-            target_grad_C1 = p_CV.gather(1, target_C1) - valid_C[:, None]
-            grad_logits_CV = logits_CV.copy_(p_CV).scatter_(1, target_C1, target_grad_C1.to(logits_CV.dtype))
+            _softmax_loss(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad)
             if grad_hidden_ND is not None:
-                torch.mm(grad_logits_CV, weight_VD, out=grad_hidden_ND[chunk])
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
             if grad_weight_VD is not None:
-                grad_weight_VD += grad_logits_CV.T @ hidden_CD
+                grad_weight_VD += logits_CV.T @ hidden_ND[chunk]
         if grad_weight_VD is not None:
             grad_weight_VD = grad_weight_VD.to(weight_VD.dtype)
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nll_N)
+        total = nll_N.sum()
+        if z_loss:
+            total += z_loss * log_partition_N.square().sum()
         return total, nll_N
 
     @staticmethod
@@ -115,3 +102,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_total.to(grad.dtype) for grad in ctx.saved_tensors)
         return *grads, None, None, None, None
+
+
+def _softmax_loss(
+    logits_CV: Tensor, targets_C: Tensor, z_loss: float, nll_C: Tensor, log_partition_C: Tensor, needs_grad: bool
+) -> None:
+    """Fill `nll_C` and `log_partition_C` (fp32, 0 where the target does not count); with `needs_grad`, replace the
+    logits by the gradient of the loss: p (1 + 2 z_loss log Z) - onehot(target), with p = softmax(logits).
+
+    Some rows at a time, so that the pass over the vocabulary stays in the processor's cache, and its fp32 copy small.
+    """
+    C, V = logits_CV.shape
+    rows = max(1, SOFTMAX_ELEMENTS // V)
+    buffer = logits_CV.new_empty((min(rows, C), V), dtype=torch.float32)
+    for start in range(0, C, rows):
+        piece = slice(start, min(start + rows, C))
+        logits_RV, valid_R1 = logits_CV[piece], (targets_C[piece] != IGNORED_TARGET)[:, None]
+        target_R1 = targets_C[piece].clamp(min=0)[:, None]
+        max_R1 = logits_RV.amax(dim=1, keepdim=True).float()
+        target_logit_R1 = logits_RV.gather(1, target_R1).float()
+        p_RV = buffer[: piece.stop - start].copy_(logits_RV).sub_(max_R1).exp_()
+        partition_R1 = p_RV.sum(dim=1, keepdim=True)
+        log_partition_R1 = (partition_R1.log() + max_R1) * valid_R1
+        log_partition_C[piece] = log_partition_R1[:, 0]
+        nll_C[piece] = (log_partition_R1 - target_logit_R1 * valid_R1)[:, 0]
+        if needs_grad:
+            p_RV *= valid_R1 * (1 + 2 * z_loss * log_partition_R1) / partition_R1
+            # The target's entry is subtracted before it is rounded to the logits' dtype.
+            target_grad_R1 = p_RV.gather(1, target_R1) - valid_R1.float()
+            logits_RV.copy_(p_RV).scatter_(1, target_R1, target_grad_R1.to(logits_RV.dtype))

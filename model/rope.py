@@ -5,9 +5,11 @@ B batch, T sequence, H heads, h head size.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
@@ -37,9 +39,31 @@ class RotaryTables(nn.Module):
 
 def rotate(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + h/2]) by its position's angle; computed in fp32, returned in x's dtype."""
-    first, second = x_BTHh.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x_BTHh.dtype)
+    return _Rotation.apply(x_BTHh, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing of x is kept, and both ways cost the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x_BTHh, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHh: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_BTHh, cos, -sin), None, None
+
+
+def _rotated(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = (half.float() for half in x_BTHh.chunk(2, dim=-1))
+    rotated_BTHh = torch.empty_like(x_BTHh)
+    half = first.size(-1)
+    rotated_BTHh[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
+    rotated_BTHh[..., half:] = second.mul_(cos).addcmul_(first, sin)
+    return rotated_BTHh
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:

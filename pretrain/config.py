@@ -1,4 +1,4 @@
-"""The config tree of a run: frozen, strict, with units in every docstring. Knows no torch, so that a login node can read it.
+"""The config tree of a run: frozen, strict, with units in every docstring. Free of torch: a login node can read it.
 
 Derived numbers are functions of the tree (`micro_batches`, `total_tokens`), never fields. How YAML and `--set` become a
 tree, and how a broken rule is worded, is `pretrain/recipe.py`.
@@ -272,7 +272,7 @@ def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
 
 
 def check_resume(differences: dict[str, tuple[Any, Any]], allowed: list[str]) -> None:
-    """Raise ValueError for the first change that a resume refuses and that no `--allow KEY` (or prefix of it) covers."""
+    """Raise ValueError for the first change that a resume refuses and no `--allow KEY` (or a prefix of it) covers."""
     for key, (old, new) in differences.items():
         covered = any(key == allow or key.startswith(allow + ".") for allow in allowed)
         if resume_policy(key) == "refused" and not covered:

@@ -7,7 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 
-# Dense peaks in FLOP/s by dtype, from the makers' data sheets (no sparsity). Matched by what the device's name contains.
+# Dense peaks in FLOP/s by dtype, from the makers' data sheets (no sparsity), by what the device's name contains.
 GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
     "H100 PCIe": {torch.bfloat16: 756e12, torch.float16: 756e12, torch.float32: 51e12},
@@ -72,8 +72,8 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """The peak FLOP/s that MFU is measured against, and where the number comes from.
 
-    A GPU's is its data sheet's. A CPU has no honest data sheet (clocks, cores lent by a scheduler): its peak is the best
-    of several timed matrix products on the threads this rank has.
+    A GPU's is its data sheet's. A CPU has no honest data sheet (clocks, cores lent by a scheduler): its peak is the
+    best of several timed matrix products on the threads this rank has.
     """
     if device.type == "cuda":
         name = device_name(device)

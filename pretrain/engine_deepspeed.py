@@ -89,7 +89,7 @@ class DeepSpeedEngine:
         return StepStats(nll, valid_tokens, grad_norm)
 
     def _stage_0_grad_norm(self) -> Tensor | None:
-        """The gradient norm before clipping at stage 0, where DeepSpeed reports none; the gradients are reduced by now."""
+        """The norm before clipping at stage 0, where DeepSpeed reports none; the gradients are reduced by now."""
         if self.config.parallel.zero_stage:
             return None
         return nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])

@@ -58,7 +58,7 @@ class Windowing:
             )
         if self.batch_tokens < self.window:
             raise ValueError(
-                f"batch_tokens={self.batch_tokens} does not hold one window={self.window}: raise it, or lower the window"
+                f"batch_tokens={self.batch_tokens} does not hold one window={self.window}: raise it, or lower window"
             )
 
 

@@ -42,8 +42,8 @@ def generate(
     prompt_ids = model.tokenizer.encode(prompt)
     tokens = continue_ids(model, [start, *prompt_ids], max_new_tokens, temperature, seed)
     ended = tokens[-1] == model.tokenizer.eos_id
-    # Whole sequences are decoded: a character may be spelled in bytes over several tokens, and some tokenizers treat the
-    # first token of a text in their own way, so the continuation is what comes after the decoded prompt.
+    # Whole sequences are decoded: a character may be spelled in bytes over several tokens, and some tokenizers treat
+    # the first token of a text in their own way, so the continuation is what comes after the decoded prompt.
     written = model.tokenizer.decode([*prompt_ids, *(tokens[:-1] if ended else tokens)])
     text = written.removeprefix(model.tokenizer.decode(prompt_ids))
     return Generation(prompt, text, tuple(tokens), "eos" if ended else "length", start_token)

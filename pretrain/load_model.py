@@ -64,7 +64,7 @@ def load_model(
     """Load a run folder (its newest checkpoint, or that of `step`), a checkpoint folder, or a Hugging Face folder.
 
     tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
-    pass; logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a parameter, so
+    pass; logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a parameter:
     memory holds the weights once.
     Raises ValueError if `target` is no model, has no such step, holds a tensor that is not finite or does not fit its
     config, or if the tokenizer is not the model's.
@@ -79,8 +79,8 @@ def load_model(
         found = _from_hf(target)
     else:
         raise ValueError(
-            f"{target} is not a model: expected a run (config.yaml), a checkpoint (index.json) or a Hugging Face folder "
-            "(config.json)"
+            f"{target} is not a model: expected a run (config.yaml), a checkpoint (index.json) or a Hugging Face "
+            "folder (config.json)"
         )
     _check_weights(target, found)
     loaded_tokenizer = _checked_tokenizer(target, found, tokenizer)

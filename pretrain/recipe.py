@@ -31,7 +31,7 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunC
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """`a.b=VALUE`, VALUE in YAML: a mapping merges into what is there, anything else replaces it. Returns a new tree."""
+    """`a.b=VALUE`, VALUE in YAML: a mapping merges into what is there, anything else replaces it. A new tree."""
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
@@ -75,7 +75,8 @@ def _worded(tree: dict[str, Any], entry: Any) -> str:
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
     if entry["type"] == "missing":
-        return f"{key} is missing: set it in the recipe or with --set {key}=VALUE"
+        by_override = "" if any(part.isdigit() for part in parts) else f" or with --set {key}=VALUE"
+        return f"{key} is missing: set it in the recipe{by_override}"
     message = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "value_error":
         return f"{key}: {message}" if key else message

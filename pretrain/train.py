@@ -1,4 +1,4 @@
-"""The training loop: data, forward, backward, step, agree, log, validate, save. It never asks how a model is laid out."""
+"""The loop: data, forward, backward, step, agree, log, validate, save. It never asks how a model is laid out."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""One rank of a training run: `python -P -m pretrain.worker RUN_DIR`, started by a launcher that sets RANK and friends."""
+"""One rank of a run: `python -P -m pretrain.worker RUN_DIR`, started by a launcher that sets RANK and friends."""
 
 import argparse
 import logging

@@ -4,10 +4,10 @@ import typer
 
 from launch.bench.train import train
 
-app = typer.Typer(no_args_is_help=True, help="Measure on this machine, in turn with peers.", rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("train")(train)
 
 
-@app.callback()
+@app.callback()  # without it, typer would take the only command for the whole
 def bench() -> None:
-    """Keeps `train` a subcommand while it is the only one."""
+    """Measure on this machine, in turn with peers."""

@@ -1,5 +1,6 @@
 """`steppe bench train`: tokens/s and memory of a recipe in bf16, in turn with peers on the same work."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -45,6 +46,8 @@ def run(
     for peer in peers:
         if peer not in PEERS:
             raise ValueError(f"--peer {peer} is not known: choose from {', '.join(PEERS)}")
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError("the peers need the package transformers, which is not installed: pip install transformers")
     overrides = [
         "precision=bf16",
         "model.document_mask=false",
@@ -113,24 +116,20 @@ def _print_table(result: dict[str, Any]) -> None:
         f"{result['threads']} threads, torch {result['torch']}",
         title_justify="left",
     )
-    for header in (
-        "contender",
-        "tokens/s: median (min to max)",
-        "steppe is faster by, pair by pair",
-        "peak memory",
-        "loss",
-    ):
-        table.add_column(header, justify="left" if header == "contender" else "right")
+    table.add_column("contender")
+    for header in ("tokens/s", "min to max", "steppe / it", "min to max", "peak memory", "last loss"):
+        table.add_column(header, justify="right")
     for name, contender in result["contenders"].items():
-        ratio = result["ratios"].get(f"steppe/{name}")
+        speed, ratio = Spread(**contender["tokens_per_second"]), result["ratios"].get(f"steppe/{name}")
         table.add_row(
             name,
-            f"{Spread(**contender['tokens_per_second']):,.0f}",
-            f"{Spread(**ratio):.3f}" if ratio else "",
+            f"{speed.median:,.0f}",
+            f"{speed.min:,.0f} to {speed.max:,.0f}",
+            *([f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}"] if ratio else ["", ""]),
             f"{contender['peak_memory_bytes'] / 1e9:.2f} GB",
             f"{contender['loss_at_end']:.4f}",
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     for name, contender in result["contenders"].items():
         console.print(f"{name}: {contender['what']}, clipping {result['grad_clip']:g}", highlight=False, soft_wrap=True)

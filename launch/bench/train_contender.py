@@ -96,12 +96,7 @@ def main() -> None:
     name, config = sys.argv[1], RunConfig.model_validate_json(Path(sys.argv[2]).read_text(encoding="utf-8"))
     device = detect()
     init_process_group(device)
-    try:
-        step = BUILDERS[name](config, device)
-    except ModuleNotFoundError as error:
-        remedy = "install it (pip install 'steppe[test]'), or leave it out with --peer"
-        _say(answers, error=f"{name} needs the package {error.name}: {remedy}")
-        return
+    step = BUILDERS[name](config, device)
     done = 0
     _say(answers, threads=torch.get_num_threads(), torch=torch.__version__)
     for line in sys.stdin:

@@ -10,6 +10,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -19,7 +20,7 @@ from typing import Any, Self
 class Contender:
     """`python -P -m module args...` that answers each JSON line on its stdin with one on its stdout.
 
-    The first answer comes unasked once it is built. {"error": ...} raises ValueError, an early end RuntimeError.
+    The first answer comes unasked, once it is built. What it writes to stderr shows only if it ends too early.
     """
 
     def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:
@@ -27,11 +28,13 @@ class Contender:
         # A rank alone; the threads are fixed before any library reads them.
         environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads)}
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._log,
             text=True,
         )
 
@@ -46,17 +49,17 @@ class Contender:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._log.close()
 
     def built(self) -> dict[str, Any]:
-        """Wait until it is ready; returns what it says of itself."""
+        """Wait until it is ready; returns what it says of itself. Raises RuntimeError if it ends instead."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}; its last words are above")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise ValueError(answer["error"])
-        return answer
+            self._log.seek(0)
+            last_words = " | ".join(self._log.read().strip().splitlines()[-3:])
+            raise RuntimeError(f"{self.name} ended with code {self._process.wait()}: {last_words}")
+        return json.loads(line)
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """One turn."""
@@ -92,9 +95,6 @@ class Spread:
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.median:{spec}} ({self.min:{spec}} to {self.max:{spec}})"
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:

@@ -151,7 +151,8 @@ def _print_folder(manifest: "Manifest", summary: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for shard in manifest.shards:
         table.add_row(shard.name, f"{shard.documents:,}", f"{shard.tokens:,}", f"{shard.bin_bytes:,}")
-    table.add_row("all", *(f"{n:,}" for n in (manifest.documents, manifest.tokens, manifest.text_bytes)))
+    bin_bytes = sum(shard.bin_bytes for shard in manifest.shards)
+    table.add_row("all", *(f"{n:,}" for n in (manifest.documents, manifest.tokens, bin_bytes)))
     console = Console()
     console.print(table)
     first_document = summary.pop("first_document")

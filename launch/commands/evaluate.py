@@ -1,6 +1,7 @@
 """`steppe eval`: the perplexity of a model on documents."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,9 +72,10 @@ def _print_table(result: dict[str, Any]) -> None:
         )
     start = "BOS" if result["start_token"] == "bos" else "EOS, for the tokenizer has no BOS"
     eos = "EOS is scored" if result["eos_scored"] else "no EOS is scored, for the tokenizer has none"
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     console.print(
-        f"window {result['window']}, stride {result['stride']}, {result['precision']}; documents start from {start}; {eos}",
+        f"window {result['window']}, stride {result['stride']}, {result['precision']}; a document starts from {start}; "
+        f"{eos}",
         highlight=False,
     )

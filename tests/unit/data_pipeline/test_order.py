@@ -1,4 +1,4 @@
-import json
+import itertools
 from collections import Counter
 from fractions import Fraction
 
@@ -42,7 +42,7 @@ def test_each_epoch_visits_every_window_once(windows: int, W: int, K: int, seed:
         assert np.array_equal(np.sort(sample[epoch == number]), np.arange(windows))
 
 
-def test_reading_stays_within_K_blocks() -> None:
+def test_reading_stays_within_a_group() -> None:
     W, K, blocks = 50, 4, 21
     windows = W * blocks - 13
     _, _, sample = order({"a": windows}, [Stage(0, {"a": 1.0})], W, K).samples(np.arange(windows))
@@ -69,11 +69,11 @@ def test_any_split_into_batches_is_the_same(batches: list[int]) -> None:
     total = sum(batches)
     cuts = np.cumsum([0, *batches])
     whole = np.stack(order().samples(np.arange(total)))
-    parts = [np.stack(order().samples(np.arange(a, b))) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [np.stack(order().samples(np.arange(a, b))) for a, b in itertools.pairwise(cuts)]
     assert np.array_equal(whole, np.concatenate(parts, axis=1))
 
 
-@given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e-2, 1e2), min_size=1))
+@given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1, 100), min_size=1))
 def test_shares_are_within_one_of_exact(weights: dict[str, float]) -> None:
     names = sorted(weights)
     counts = shares(weights, names)
@@ -193,4 +193,8 @@ def test_the_order_is_recorded() -> None:
     """Runs resume by this order: it must not change between versions, machines or numpys."""
     positions = np.array([0, 1, 2, 4095, 4096, 9999, 10_000, 123_456])
     got = order(stages=[Stage(0, WEIGHTS), Stage(10_000, {"b": 1.0, "c": 1.0})]).samples(positions)
-    assert json.loads(json.dumps([array.tolist() for array in got])) == []
+    assert [array.tolist() for array in got] == [
+        [2, 0, 0, 0, 0, 0, 2, 2],
+        [0, 0, 0, 0, 0, 0, 3, 191],
+        [254, 3537, 4669, 843, 8458, 1316, 135, 46],
+    ]

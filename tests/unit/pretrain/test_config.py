@@ -1,0 +1,152 @@
+"""The config tree, recipes and overrides: what is refused, in which words, and what a resume may change."""
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from pretrain.config import (
+    RESUME_POLICY,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    changes,
+    check_layout,
+    check_resume,
+    flat,
+    resume_policy,
+)
+from pretrain.optimizers import OPTIMIZERS
+from pretrain.recipe import apply_overrides, dump_config, load_config
+from pretrain.schedule import SHAPES
+from tests.dist.small_run import RECIPE, small_config
+
+RECIPES = sorted(RECIPE.parent.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_survives_a_round_trip(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe)
+    dump_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert config.name == recipe.stem
+
+
+def test_there_are_recipes_for_all_sizes() -> None:
+    assert {path.stem for path in RECIPES} == {"demo", "58m", "125m", "1b", "7b", "70b"}
+
+
+BROKEN = {
+    "optimizer.lrr=3": "unknown key optimizer.lrr: did you mean lr?",
+    "batch.global_batch=3": "did you mean global_batch_size?",
+    "foo=1": "unknown key foo",
+    "model.preset=58n": "unknown model preset '58n'; did you mean '58m'",
+    "schedule.warmup_tokens=5": "warmup_tokens does not go with total_steps",
+    "schedule={total_steps: null}": "total_steps is missing",
+    "schedule.name=wsd": "name=wsd needs decay_steps",
+    "schedule.decay_steps=5": "name=cosine takes no decay_steps",
+    "schedule.warmup_steps=20000": "do not fit into total_steps=10000",
+    "precision=bf8": "precision='bf8'",
+    "parallel.zero_stage=0": "set parallel.zero_stage to 1",
+    "parallel.tensor=2": "set tensor to 1",
+    "parallel.sequence=2": "set sequence to 1",
+    "parallel.expert=2": "set expert to 1",
+    "optimizer.lr=-1": "optimizer.lr=-1: input should be greater than 0",
+    "optimizer.betas=[0.9, 1.0]": "must lie in [0, 1)",
+    "batch.ramp=[[10, 4], [5, 8]]": "tokens strictly rising",
+    "batch.ramp=[[0, 4]]": "must be (tokens, size) pairs, positive",
+    "data.sources=[]": "sources is empty",
+    "data.sources=[{name: a}]": "data.sources.0.path is missing: set it in the recipe",
+    "evaluation.every_steps=5": "name a held-out source",
+    "evaluation.sources=[{name: a, path: x}, {name: a, path: y}]": "names must be unique",
+    "name=../up": "name='../up'",
+    "seed=-1": "seed=-1",
+    "model={hidden_size: 100}": "hidden_size 100 is not divisible by num_heads 8",
+    "lr": "expected KEY=VALUE",
+    "a..b=1": "expected KEY=VALUE",
+    "data.sources=[{": "is not valid YAML",
+}
+
+
+@pytest.mark.parametrize("override", BROKEN)
+def test_a_broken_override_says_what_is_wrong(override: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        load_config(RECIPE, [override])
+    assert BROKEN[override] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_or_broken_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such recipe"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="expected a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+def test_overrides_merge_mappings_and_replace_lists() -> None:
+    tree = {"a": {"b": 1, "c": [1, 2]}}
+    assert apply_overrides(tree, ["a={b: 2}", "a.c=[3]", "a.d=null"]) == {"a": {"b": 2, "c": [3], "d": None}}
+    assert tree == {"a": {"b": 1, "c": [1, 2]}}
+    assert load_config(RECIPE, ["optimizer.lr=3e-4"]).optimizer.lr == 3e-4
+
+
+def test_the_config_is_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        small_config().seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("world", "fits"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
+def test_the_batch_divides_over_ranks(world: int, fits: bool) -> None:
+    if fits:
+        check_layout(small_config(), world)
+        return
+    with pytest.raises(ValueError, match="is not a multiple of batch.micro_batch_size=2") as caught:
+        check_layout(small_config(), world)
+    assert ("use fewer ranks" if world == 3 else "micro_batch_size may be 1") in str(caught.value)
+
+
+def test_a_ramp_divides_too() -> None:
+    with pytest.raises(ValueError, match="global_batch_size=6"):
+        check_layout(small_config("batch.ramp=[[100, 6]]"), 2)
+
+
+def test_every_key_has_a_resume_policy() -> None:
+    config = small_config()
+    assert {resume_policy(key) for key in flat(config.model_dump(mode="json"))} == {"free", "recorded", "refused"}
+    assert {key.split(".")[0] for key in RESUME_POLICY} == set(RunConfig.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "policy"),
+    [
+        ("parallel.zero_stage=3", "free"),
+        ("schedule.total_steps=9", "free"),
+        ("batch.micro_batch_size=1", "free"),
+        ("optimizer.lr=1", "recorded"),
+        ("data.sources=[{name: b, path: c}]", "recorded"),
+        ("schedule.warmup_steps=1", "recorded"),
+        ("model.rope_theta=5", "refused"),
+        ("data.sequence_length=8", "refused"),
+        ("seed=1", "refused"),
+    ],
+)
+def test_what_a_resume_may_change(override: str, policy: str) -> None:
+    differences = changes(small_config(), small_config(override))
+    assert {resume_policy(key) for key in differences} == {policy}
+    if policy != "refused":
+        check_resume(differences, [])
+        return
+    (key,) = differences
+    with pytest.raises(ValueError, match=f"insist with --allow {key}"):
+        check_resume(differences, ["data.sources"])
+    check_resume(differences, [key])
+    check_resume(differences, [key.split(".")[0]])
+
+
+def test_registries_and_literals_agree() -> None:
+    assert set(get_args(ScheduleConfig.model_fields["name"].annotation)) == set(SHAPES)
+    assert set(get_args(OptimizerConfig.model_fields["name"].annotation)) == set(OPTIMIZERS)
