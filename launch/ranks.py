@@ -2,15 +2,21 @@
 
 import logging
 import os
+import signal
 import sys
 import uuid
+from typing import Any
 
 # How long ranks may take to finish a step and save, once asked to stop, before they are killed.
 GRACE_SECONDS = 600
 
 
 class RanksError(Exception):
-    """Some rank ended with a nonzero code; what it left behind says why."""
+    """Some rank failed. `killed_by` is the signal that ended the first culprit, None if it exited by itself."""
+
+    def __init__(self, rank: int, killed_by: str | None) -> None:
+        super().__init__(f"rank {rank} " + (f"was killed by {killed_by}" if killed_by else "failed"))
+        self.killed_by = killed_by
 
 
 class StoppedError(Exception):
@@ -47,6 +53,15 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
     try:
         elastic_launch(config, sys.executable)("-P", "-m", module, *args)
     except ChildFailedError as error:
-        raise RanksError(str(error)) from None
+        raise culprit(error.failures) from None
     except SignalException as error:
         raise StoppedError(str(error)) from None
+
+
+def culprit(failures: dict[int, Any]) -> RanksError:
+    """Whom to blame: a rank that was killed leads, for its peers only fail because it is gone. SIGTERM is what the
+    launcher itself sends to the others."""
+    for rank, failure in sorted(failures.items()):
+        if failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM:
+            return RanksError(rank, signal.Signals(-failure.exitcode).name)
+    return RanksError(min(failures), None)

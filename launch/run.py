@@ -9,7 +9,7 @@ from typing import Any
 from data_pipeline.manifest import Manifest
 from launch.ranks import RanksError, StoppedError, run_ranks
 from pretrain.config import RunConfig, changes, check_layout, check_resume
-from pretrain.outcome import EXIT_FAILED, Outcome
+from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
 from pretrain.run_dir import RunDir, read_json, write_json
 
@@ -79,19 +79,26 @@ def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
         run_ranks("pretrain.worker", args, nproc)
     except (RanksError, StoppedError) as error:
         if not run.outcome_path.is_file():
-            return failure(run, str(error))
+            return failure(run, error)
     return Outcome.read(run)
 
 
-def failure(run: RunDir, fallback: str) -> Outcome:
-    """What the first rank to fail said. A rank whose peer vanished complains too: the user's own mistakes lead."""
-    errors = [(path, read_json(path)) for path in sorted(run.logs.glob("*.error.json"))]
-    if not errors:
-        return Outcome("failed", EXIT_FAILED, 0, f"the ranks died without a word ({fallback.splitlines()[0]})")
-    path, first = min(errors, key=lambda item: (item[1]["exit_code"] != 2, item[1]["type"] == "RuntimeError"))
-    log = path.with_name(path.name.replace(".error.json", ".log"))
+def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
+    """What went wrong, in one line: the user's own mistake first, then a rank that was killed, then what a rank said.
+
+    A rank whose peer vanished complains too, with a RuntimeError of the network's.
+    """
+    said = [(path, read_json(path)) for path in sorted(run.logs.glob("*.error.json"))]
+    path, first = min(
+        said,
+        key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] == "RuntimeError"),
+        default=(None, {"exit_code": EXIT_FAILED, "type": "RuntimeError", "message": ""}),
+    )
+    if path is None or (getattr(error, "killed_by", None) and first["type"] == "RuntimeError"):
+        return Outcome("failed", EXIT_FAILED, 0, f"{error}; go on with: steppe resume {run.path}")
     message = " ".join(first["message"].split())
     if first["type"] not in ("ValueError", "OSError"):
+        log = path.with_name(path.name.replace(".error.json", ".log"))
         message = f"{first['type']}: {message} (traceback in {log})"
     return Outcome("failed", first["exit_code"], 0, message)
 

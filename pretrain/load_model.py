@@ -65,7 +65,7 @@ def load_model(
 
     tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
     pass; logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a parameter:
-    memory holds the weights once.
+    memory holds the weights once, whatever their dtype.
     Raises ValueError if `target` is no model, has no such step, holds a tensor that is not finite or does not fit its
     config, or if the tokenizer is not the model's.
     """
@@ -86,7 +86,8 @@ def load_model(
     loaded_tokenizer = _checked_tokenizer(target, found, tokenizer)
     with init_empty_weights():
         decoder = Decoder(found.config)
-    decoder.load_state_dict({name: weight.to(dtype) for name, weight in found.weights.items()}, assign=True)
+    weights = {name: found.weights.pop(name).to(dtype) for name in list(found.weights)}
+    decoder.load_state_dict(weights, assign=True)
     decoder.requires_grad_(False)
     decoder.to(detect()).eval()
     return LoadedModel(decoder, found.config, loaded_tokenizer, found.context_length, str(target), found.step)

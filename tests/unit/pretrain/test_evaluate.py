@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def test_batches_hold_every_window_within_the_budget(lengths: list[int], budget:
 def test_packing_reads_a_bounded_part_of_an_endless_corpus() -> None:
     taken = 0
 
-    def endless() -> itertools.repeat:
+    def endless() -> Iterator[Window]:
         nonlocal taken
         while True:
             taken += 1

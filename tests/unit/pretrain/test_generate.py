@@ -79,7 +79,16 @@ def test_stops_at_the_length(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["\n    return a\n\n\n\tif x:\n        y", " leading space", "  two ", "草原は広い naïve", "", "\n"]
+    "text",
+    [
+        "\n    return a\n\n\n\tif x:\n        y",
+        " leading space",
+        "  two ",
+        "草原は広い naïve",
+        "in bytes: 🙂 żółć",
+        "",
+        "\n",
+    ],
 )
 @pytest.mark.parametrize("prompt", [PROMPT, "", "x  ", "def f():\n    "])
 def test_text_comes_out_as_it_was_written(model: LoadedModel, prompt: str, text: str) -> None:
