@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
@@ -17,14 +17,15 @@ from data_pipeline.streams import COMPRESSION_SUFFIXES, OnBytes, open_stream, sp
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 SNIFF_BYTES = 8192
+JSON_SPACE = " \t\r\n"
+DECODER = json.JSONDecoder()
 ROWS_PER_READ = 1024
 FILE_SUFFIXES = (*LINE_SUFFIXES, *PARQUET_SUFFIXES, *COMPRESSION_SUFFIXES, ".txt", ".json", ".csv", ".md", ".py")
 """What ends so is a file's name, though it has the form of a hub name."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """One document: its text, the file (or hub name) it came from, and its number within that, from 0."""
 
     text: str
@@ -156,7 +157,7 @@ def _line_documents(stream: BinaryIO, file: str, text_field: str, on_bad: OnBad)
     for number, line in enumerate(stream, start=1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             text = _line_text(line, text_field)
@@ -173,7 +174,10 @@ class _BadRecordError(Exception):
 
 def _line_text(line: bytes, text_field: str) -> str:
     try:
-        record = json.loads(line.decode())
+        content = line.decode().strip(JSON_SPACE)
+        record, end = DECODER.raw_decode(content)
+        if end != len(content):
+            raise ValueError(f"more follows the object at character {end}")
     except UnicodeDecodeError as error:
         raise _BadRecordError(f"invalid UTF-8 at byte {error.start} of the line") from error
     except (ValueError, RecursionError) as error:

@@ -43,6 +43,7 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
+        local_addr="localhost",  # these ranks share a machine, whose own name need not resolve
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.

@@ -33,7 +33,7 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_aft
     run = RunDir(run_dir.resolve())
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
-    check_layout(config, nproc)
+    check_ranks(config, nproc)
     check_stop_after(stop_after)
     data = check_data(config)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,10 @@ def resume(
         raise ValueError(f"{run_dir} is not a run: {run.config_path.name} is missing in it")
     old = load_config(run.config_path)
     new = validated(apply_overrides(old.model_dump(mode="json"), overrides))
-    ranks = nproc or read_json(run.environment_path)["ranks"]
+    ranks = nproc if nproc is not None else ranks_before(run)
     differences = changes(old, new)
     check_resume(differences, allowed)
-    check_layout(new, ranks)
+    check_ranks(new, ranks)
     check_stop_after(stop_after)
     data = check_data(new)
     check_same_data(read_json(run.data_path), data, allowed)
@@ -88,19 +88,36 @@ def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
 
     A rank whose peer vanished complains too, with a RuntimeError of the network's.
     """
-    said = [(path, read_json(path)) for path in sorted(run.logs.glob("*.error.json"))]
-    path, first = min(
-        said,
-        key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] == "RuntimeError"),
-        default=(None, {"exit_code": EXIT_FAILED, "type": "RuntimeError", "message": ""}),
-    )
-    if path is None or (getattr(error, "killed_by", None) and first["type"] == "RuntimeError"):
+    said: list[tuple[Path, dict[str, Any]]] = [(path, read_json(path)) for path in run.logs.glob("*.error.json")]
+    said.sort(key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] == "RuntimeError", item[0]))
+    killed = isinstance(error, RanksError) and error.killed_by is not None
+    if not said or (killed and said[0][1]["type"] == "RuntimeError"):
         return Outcome("failed", EXIT_FAILED, 0, f"{error}; go on with: steppe resume {run.path}")
+    path, first = said[0]
     message = " ".join(first["message"].split())
     if first["type"] not in ("ValueError", "OSError"):
         log = path.with_name(path.name.replace(".error.json", ".log"))
         message = f"{first['type']}: {message} (traceback in {log})"
     return Outcome("failed", first["exit_code"], 0, message)
+
+
+def ranks_before(run: RunDir) -> int:
+    """As many ranks as the last attempt had; the default if none came so far as to say."""
+    if run.environment_path.is_file():
+        return read_json(run.environment_path)["ranks"]
+    from pretrain.device import device_count
+
+    return device_count()
+
+
+def check_ranks(config: RunConfig, nproc: int) -> None:
+    """Raise ValueError unless the batch divides over the ranks and this machine can hold them."""
+    if nproc < 1:
+        raise ValueError(f"--nproc {nproc}: give a number of ranks, 1 or more")
+    check_layout(config, nproc)
+    from pretrain.device import check_device
+
+    check_device(nproc, config.precision)
 
 
 def check_stop_after(stop_after: int | None) -> None:

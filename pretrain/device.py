@@ -36,6 +36,15 @@ def device_count() -> int:
     return torch.cuda.device_count() or 1
 
 
+def check_device(ranks: int, precision: str) -> None:
+    """Raise ValueError if this machine cannot hold so many ranks, or its device not compute in this precision."""
+    gpus = torch.cuda.device_count()
+    if gpus and ranks > gpus:
+        raise ValueError(f"--nproc {ranks}: this machine has {gpus} GPUs, and each rank needs one; use --nproc {gpus}")
+    if precision == "fp16" and not gpus and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        raise ValueError("precision=fp16: this machine's processor does not compute in fp16; use bf16 or fp32")
+
+
 def init_process_group(device: torch.device) -> None:
     """Join the ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
     if device.type == "cuda":

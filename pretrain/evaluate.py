@@ -66,13 +66,14 @@ class Windowing:
 class Window:
     """One row of a forward pass: inputs and targets `(T,)` int64; a target scored by an earlier window is -100.
 
-    ends_bytes: on the last window of a document, the raw UTF-8 bytes of the document; None on the others.
+    text_bytes: its share of the raw UTF-8 bytes of its document; ends: it is the document's last window.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     domain: str = ""
-    ends_bytes: int | None = None
+    text_bytes: int = 0
+    ends: bool = True
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -175,16 +176,18 @@ def score(
         losses_BT = model.decoder.token_losses(inputs_BT, targets_BT)
         nats.index_add_(0, torch.tensor([rows[row.domain] for row in batch], device=device), losses_BT.double().sum(1))
         for row in batch:
-            ended = row.ends_bytes is not None
-            counts[rows[row.domain]] += (row.targets != IGNORED_TARGET).sum(), row.ends_bytes or 0, ended
+            counts[rows[row.domain]] += (row.targets != IGNORED_TARGET).sum(), row.text_bytes, row.ends
         on_progress(Score(0.0, *counts.sum(axis=0).tolist()))
     return {name: Score(nats[row].item(), *counts[row].tolist()) for name, row in rows.items()}
 
 
 def _check(name: str, score: Score) -> None:
     """Raise ValueError for sums that mean nothing."""
-    if not score.bytes:
-        raise ValueError(f"{name}: {score.documents} documents and no text: there is nothing to measure")
+    if not score.bytes or not score.tokens:
+        raise ValueError(
+            f"{name}: nothing to measure in {score.documents} documents, {score.bytes} bytes, {score.tokens} tokens: "
+            "name a corpus that holds text"
+        )
     if not math.isfinite(score.nats):
         raise ValueError(f"{name}: the loss is {score.nats}, so the model overflows in this precision: try fp32")
 
@@ -207,26 +210,27 @@ def _windows(model: LoadedModel, documents: Iterable[tuple[str, Document]], wind
     start, _ = model.start_token
     for name, document in documents:
         ids = model.tokenizer.encode_batch([document.text])[0]
-        ends_bytes = len(document.text.encode("utf-8"))
-        yield from document_windows(ids, start, model.tokenizer.eos_id, windowing, name, ends_bytes)
+        text_bytes = len(document.text.encode("utf-8"))
+        yield from document_windows(ids, start, model.tokenizer.eos_id, windowing, name, text_bytes)
 
 
 def document_windows(
-    ids: np.ndarray, start: int, eos: int | None, windowing: Windowing, domain: str = "", ends_bytes: int = 0
+    ids: np.ndarray, start: int, eos: int | None, windowing: Windowing, domain: str = "", text_bytes: int = 0
 ) -> Iterator[Window]:
     """The windows of one document of token ids `(n,)`, at least one; over all of them each target counts once."""
     sequence = np.concatenate([[start], ids, [] if eos is None else [eos]]).astype(np.int64)
     inputs, targets = sequence[:-1], sequence[1:]
-    begin = scored = 0
+    begin = scored = told_bytes = 0
     while True:
         end = min(begin + windowing.window, len(targets))
         counted = targets[begin:end].copy()
         counted[: scored - begin] = IGNORED_TARGET
         last = end == len(targets)
-        yield Window(inputs[begin:end], counted, domain, ends_bytes if last else None)
+        share_bytes = text_bytes - told_bytes if last else text_bytes * (end - scored) // len(targets)
+        yield Window(inputs[begin:end], counted, domain, share_bytes, last)
         if last:
             return
-        begin, scored = begin + windowing.stride, end
+        begin, scored, told_bytes = begin + windowing.stride, end, told_bytes + share_bytes
 
 
 def packed(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:

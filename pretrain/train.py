@@ -160,7 +160,9 @@ class Meter:
             dist.all_reduce(total)
         self.peak = float(total)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.sequence_length)
-        self.recorder.event("peak", flops_per_second=self.peak, source=source, flops_per_token=self.flops_per_token)
+        say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s for {self.dims.data_world} ranks ({source})"
+        figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": self.flops_per_token}
+        self.recorder.event("peak", say, **figures)
         self.data_seconds = self.started = 0.0
 
     def begin(self) -> None:

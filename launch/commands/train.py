@@ -28,7 +28,7 @@ def train(
     from launch.run import start
 
     folder = run_dir or Path("runs") / Path(recipe).stem
-    report(start(recipe, overrides, folder, nproc or default_ranks(), stop_after), folder)
+    report(start(recipe, overrides, folder, nproc if nproc is not None else default_ranks(), stop_after), folder)
 
 
 def resume(

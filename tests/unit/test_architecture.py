@@ -67,8 +67,11 @@ def test_login_node_modules_need_no_torch(module: str) -> None:
 
 
 def test_help_imports_no_torch_and_no_numpy() -> None:
-    code = "import sys, runpy; sys.argv = ['steppe', '--help']\n"
-    code += "try: runpy.run_module('launch.cli', run_name='__main__')\nexcept SystemExit: print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
+    code = (
+        "import sys, runpy; sys.argv = ['steppe', '--help']\n"
+        "try: runpy.run_module('launch.cli', run_name='__main__')\n"
+        "except SystemExit: print([m for m in ('torch', 'numpy', 'pydantic', 'yaml') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "resume" in done.stdout

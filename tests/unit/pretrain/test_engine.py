@@ -1,7 +1,6 @@
 """The step's one read by the host, counted; and the status that ranks agree on."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Counts every way in which the host can read a tensor's value."""
     counts: Counter[str] = Counter()
     for name in READS:
@@ -26,7 +25,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
             return original(self, *args)  # type: ignore[operator]
 
         monkeypatch.setattr(torch.Tensor, name, counted)
-    yield counts
+    return counts
 
 
 def test_one_host_read_a_step(reads: Counter[str]) -> None:

@@ -163,7 +163,7 @@ def test_impossible_windows_are_refused(window: int, stride: int, batch_tokens: 
 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_a_domain_without_text_is_refused(model: LoadedModel, texts: list[str]) -> None:
-    with pytest.raises(ValueError, match="empty.*no text"):
+    with pytest.raises(ValueError, match="empty: nothing to measure in .* 0 bytes"):
         evaluate(model, {"full": documents(TEXTS), "empty": documents(texts)}, Windowing.of(model))
 
 
@@ -178,7 +178,7 @@ def test_each_target_counts_once(n: int, window: int, data: st.DataObject, eos: 
     stride = data.draw(st.integers(1, window))
     ids = np.arange(10, 10 + n)
     sequence = [1, *ids.tolist(), *([] if eos is None else [eos])]
-    windows = list(document_windows(ids, 1, eos, Windowing(window, stride, window), "d", ends_bytes=7))
+    windows = list(document_windows(ids, 1, eos, Windowing(window, stride, window), "d", text_bytes=7))
     counted: list[int] = []
     for number, row in enumerate(windows):
         begin = number * stride
@@ -190,7 +190,9 @@ def test_each_target_counts_once(n: int, window: int, data: st.DataObject, eos: 
             assert context >= window - stride  # what a stride below the window buys
         counted += row.targets[kept].tolist()
     assert counted == sequence[1:]
-    assert [row.ends_bytes for row in windows] == [None] * (len(windows) - 1) + [7]
+    assert [row.ends for row in windows] == [False] * (len(windows) - 1) + [True]
+    assert sum(row.text_bytes for row in windows) == 7
+    assert all(row.text_bytes >= 0 for row in windows)
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=60), budget=st.integers(50, 120))
