@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.manifest import Manifest
+from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
 from pretrain.config import RunConfig, changes, check_layout, check_resume
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
-from pretrain.run_dir import RunDir, read_json, write_json
+from pretrain.run_dir import RunDir, event_line, read_json, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -63,8 +64,8 @@ def resume(
     with locked(run):
         if differences:
             dump_config(new, run.config_path)
-            note = {"type": "resume", "changes": {key: list(pair) for key, pair in differences.items()}}
-            append_event(run, note)
+            with open(run.events_path, "a", encoding="utf-8") as events:
+                events.write(event_line("resume", {"changes": differences}))
         write_json(run.data_path, data)
         return attempt(run, ranks, stop_after)
 
@@ -132,21 +133,15 @@ def check_data(config: RunConfig) -> dict[str, Any]:
     """
     manifests = {}
     for source in (*config.data.sources, *config.evaluation.sources):
-        manifests[source.name] = manifest = Manifest.load(Path(source.path))
+        manifests[source.path] = manifest = Manifest.load(source.path)
         if manifest.vocab_size > config.model.vocab_size:
             raise ValueError(
                 f"{source.path} was written with a vocabulary of {manifest.vocab_size}, the model has "
                 f"model.vocab_size={config.model.vocab_size}: set it to {manifest.vocab_size}"
             )
-    first = next(iter(manifests.values()))
-    for source in (*config.data.sources, *config.evaluation.sources):
-        if manifests[source.name].tokenizer_fingerprint != first.tokenizer_fingerprint:
-            raise ValueError(
-                f"{source.path} was written with another tokenizer than {config.data.sources[0].path}: prepare both "
-                "with the same --tokenizer"
-            )
-    training = {source.name: manifests[source.name].fingerprint for source in config.data.sources}
-    return {"tokenizer": first.tokenizer_fingerprint, "manifests": training}
+    check_same_tokenizer(manifests)
+    training = {source.name: manifests[source.path].fingerprint for source in config.data.sources}
+    return {"tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint, "manifests": training}
 
 
 def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
@@ -163,15 +158,6 @@ def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]
                 f"data source {name} is not what this run has read so far (manifest {before}, now {fingerprint}): "
                 "restore it, add the new data under another name, or insist with --allow manifest"
             )
-
-
-def append_event(run: RunDir, event: dict[str, Any]) -> None:
-    """An event that happens outside the loop."""
-    import json
-    import time
-
-    with open(run.events_path, "a", encoding="utf-8") as events:
-        events.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def _rotated(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     rotated_BTHh = torch.empty_like(x_BTHh)
     half = first.size(-1)
     rotated_BTHh[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-    rotated_BTHh[..., half:] = second.mul_(cos).addcmul_(first, sin)
+    rotated_BTHh[..., half:] = (second * cos).addcmul_(first, sin)
     return rotated_BTHh
 
 

@@ -40,7 +40,8 @@ _ONLY = {
     "use_sliding_window": (False,),
     "partial_rotary_factor": (1.0,),
 }
-_ROPE_KEYS = {
+_ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor"),
@@ -188,10 +189,10 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
-    if kind == "default":
-        return theta, None
     if kind not in _ROPE_KEYS:
         raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
     if kind == "yarn":
         _settle_yarn(rope)
     if "original_max_position_embeddings" in _ROPE_KEYS[kind]:
@@ -200,13 +201,13 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     unknown = given.keys() - set(_ROPE_KEYS[kind])
     if unknown:
         raise ValueError(f"RoPE scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")
-    return theta, {"type": kind, **given}
+    return theta, None if kind == "default" else {"type": kind, **given}
 
 
 def _settle_yarn(rope: dict[str, Any]) -> None:
     """Bring DeepSeek's way to write YaRN to the paper's: a ratio of two mscales is an attention factor."""
     mscale, mscale_all_dim = rope.pop("mscale", None), rope.pop("mscale_all_dim", None)
-    if rope.get("attention_factor") is None and mscale and mscale_all_dim:
+    if rope.get("attention_factor") is None and rope.get("factor") and mscale and mscale_all_dim:
         log_factor = 0.1 * math.log(rope["factor"])
         rope["attention_factor"] = (mscale * log_factor + 1) / (mscale_all_dim * log_factor + 1)
     if rope.get("truncate") is True:

@@ -1,14 +1,13 @@
 """What a run says about itself, from one rank: events.jsonl at full precision, TensorBoard, and lines for a person."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.progress import StepProgress
-from pretrain.run_dir import RunDir
+from pretrain.run_dir import RunDir, event_line
 
 # Scalars of a step event that TensorBoard shows, with units in their names.
 STEP_SCALARS = {
@@ -85,7 +84,7 @@ class RunRecorder:
         self.events.close()
 
     def _write(self, kind: str, event: dict[str, Any]) -> None:
-        self.events.write(json.dumps({"type": kind, **event, "time": time.time()}) + "\n")
+        self.events.write(event_line(kind, event))
 
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:

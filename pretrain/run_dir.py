@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,11 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def event_line(kind: str, event: dict[str, Any]) -> str:
+    """One line of events.jsonl."""
+    return json.dumps({"type": kind, **event, "time": time.time()}) + "\n"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -87,10 +87,14 @@ def test_special_pieces_and_fingerprint(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([1, *tokenizer.encode("x"), 2]) == "x"
 
 
-def test_indentation_is_cheap_and_digits_are_split(tokenizer: Tokenizer) -> None:
+def test_indentation_is_cheap(tokenizer: Tokenizer) -> None:
     for indentation in ("\n", "\t", " " * 4, " " * 8, " " * 16, "\n\n", "\t\t"):
         assert len(tokenizer.encode(indentation)) == 1
-    assert len(tokenizer.encode("1234567")) == 7
+
+
+def test_digits_are_split_however_frequent(tmp_path: Path) -> None:
+    train_tokenizer(["in 2024 and 2025, " * 100], 295, tmp_path / "t.model")
+    assert len(Tokenizer(tmp_path / "t.model").encode("2024")) == 4
 
 
 def test_training_is_deterministic(texts: list[str], tokenizer_path: Path, tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""The chunked cross-entropy: its value and gradients against the plain formula, and what it never allocates."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model import loss
+from model.loss import LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+
+N, V, D, VOCAB = 101, 256, 64, 200
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 7 rows, so that chunks and pieces both end unevenly."""
+    monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", 7 * V)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 0.3).to(dtype).requires_grad_()
+    targets = torch.randint(0, VOCAB, (N,), generator=generator)
+    targets[::7] = -100
+    return hidden, weight, targets
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> LossSums:
+    """The formula as it is written, in fp32 over all logits at once."""
+    logits = (hidden.float() @ weight.float().T)[:, :VOCAB]
+    nll = functional.cross_entropy(logits, targets, reduction="sum")
+    log_partition = logits.logsumexp(dim=1)[targets != -100]
+    return LossSums(nll + z_loss * (log_partition**2).sum(), nll.detach())
+
+
+def grads(sums: LossSums, hidden: Tensor, weight: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A scaled loss checks that the incoming gradient reaches both gradients."""
+    return torch.autograd.grad(sums.total * scale, (hidden, weight))
+
+
+def assert_close(actual: Tensor, expected: Tensor, relative: float) -> None:
+    """Error measured against the largest entry: single entries near zero carry the rounding of their neighbours."""
+    assert (actual.float() - expected.float()).abs().max() <= relative * expected.abs().max()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("chunk_tokens", [1, 32, 1000])
+def test_fp32_equals_the_plain_formula(z_loss: float, chunk_tokens: int) -> None:
+    hidden, weight, targets = inputs()
+    expected = plain(hidden, weight, targets, z_loss)
+    actual = linear_cross_entropy(hidden, weight, targets, VOCAB, z_loss, chunk_tokens)
+    assert actual.total.item() == pytest.approx(expected.total.item(), rel=1e-6)
+    assert actual.nll.item() == pytest.approx(expected.nll.item(), rel=1e-6)
+    assert not actual.nll.requires_grad
+    for ours, theirs in zip(grads(actual, hidden, weight, 0.37), grads(expected, hidden, weight, 0.37), strict=True):
+        assert_close(ours, theirs, 1e-6)
+
+
+def test_bf16_is_within_its_rounding() -> None:
+    """Against fp32 on the same bf16 inputs: logits and their gradients are rounded to bf16, 2^-9 = 0.002 each time."""
+    hidden, weight, targets = inputs(torch.bfloat16)
+    expected = plain(hidden, weight, targets, 0.01)
+    actual = linear_cross_entropy(hidden, weight, targets, VOCAB, 0.01, chunk_tokens=8)
+    assert actual.total.dtype == torch.float32
+    assert actual.total.item() == pytest.approx(expected.total.item(), rel=1e-3)
+    ours, theirs = grads(actual, hidden, weight), grads(expected, hidden, weight)
+    assert [g.dtype for g in ours] == [torch.bfloat16] * 2
+    for got, want in zip(ours, theirs, strict=True):
+        assert_close(got, want, 0.01)
+
+
+def test_many_chunks_do_not_wear_the_weight_gradient_down() -> None:
+    """Summed in bf16, 2,048 equal contributions would stop growing at 256 times the first."""
+    hidden = torch.ones(2048, 8, dtype=torch.bfloat16)
+    weight = torch.zeros(128, 8, dtype=torch.bfloat16, requires_grad=True)
+    sums = linear_cross_entropy(hidden, weight, torch.zeros(2048, dtype=torch.int64), 128, chunk_tokens=1)
+    (grad,) = torch.autograd.grad(sums.total, (weight,))
+    assert grad[0, 0].item() == pytest.approx(-2048 * 127 / 128, rel=0.01)
+
+
+def test_padding_has_no_probability_and_no_gradient() -> None:
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        weight[VOCAB:] = 1e3  # would win every softmax
+    sums = linear_cross_entropy(hidden, weight, targets, VOCAB)
+    assert sums.nll.item() == pytest.approx(plain(hidden, weight, targets).nll.item(), rel=1e-6)
+    grad_hidden, grad_weight = grads(sums, hidden, weight)
+    assert grad_hidden.isfinite().all()
+    assert grad_weight[VOCAB:].count_nonzero() == 0
+
+
+def test_tokens_that_do_not_count_have_neither_loss_nor_gradient() -> None:
+    hidden, weight, targets = inputs()
+    sums = linear_cross_entropy(hidden, weight, targets, VOCAB, z_loss=0.1)
+    grad_hidden, _ = grads(sums, hidden, weight)
+    ignored = targets == -100
+    assert grad_hidden[ignored].count_nonzero() == 0
+    assert grad_hidden[~ignored].abs().amax(dim=1).min() > 0
+    kept = linear_cross_entropy(hidden[~ignored], weight, targets[~ignored], VOCAB, z_loss=0.1)
+    assert sums.total.item() == pytest.approx(kept.total.item(), rel=1e-6)
+    none = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), VOCAB, z_loss=0.1)
+    assert none == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_only_the_asked_gradient_is_made(trained: str) -> None:
+    hidden, weight, targets = inputs()
+    expected = dict(zip(("hidden", "weight"), grads(plain(hidden, weight, targets), hidden, weight), strict=True))
+    given = {"hidden": hidden.detach(), "weight": weight.detach()}
+    given[trained].requires_grad_()
+    linear_cross_entropy(given["hidden"], given["weight"], targets, VOCAB).total.backward()
+    for name, tensor in given.items():
+        assert (tensor.grad is not None) == (name == trained)
+    trained_grad = given[trained].grad
+    assert trained_grad is not None
+    assert_close(trained_grad, expected[trained], 1e-6)
+
+
+def test_losses_by_token() -> None:
+    hidden, weight, targets = inputs()
+    expected = functional.cross_entropy((hidden @ weight.T)[:, :VOCAB], targets, reduction="none")
+    actual = linear_cross_entropy_tokens(hidden, weight, targets, VOCAB, chunk_tokens=32)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert actual[targets == -100].count_nonzero() == 0
+    assert not actual.requires_grad
+
+
+def test_autocast_multiplies_in_its_own_dtype() -> None:
+    """fp32 parameters under autocast take the bf16 path, and their gradients come back in fp32."""
+    hidden, weight, targets = inputs()
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    expected = linear_cross_entropy(low[0], low[1], targets, VOCAB)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = linear_cross_entropy(hidden, weight, targets, VOCAB)
+    assert actual.total.item() == expected.total.item()
+    for ours, theirs in zip(grads(actual, hidden, weight), grads(expected, *low), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0)
+
+
+class _Largest(TorchDispatchMode):
+    """Largest number of elements of any fp32 tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float32]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+def test_no_fp32_tensor_of_all_logits_is_ever_made() -> None:
+    tokens, vocabulary, width = 512, 1024, 16
+    hidden = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.randint(0, vocabulary, (tokens,))
+    with _Largest() as ours:
+        linear_cross_entropy(hidden, weight, targets, vocabulary, 1e-4, chunk_tokens=128).total.backward()
+    with _Largest() as theirs:  # the recorder sees what the plain formula allocates
+        functional.cross_entropy((hidden @ weight.T).float(), targets).backward()
+    assert theirs.elements == tokens * vocabulary
+    assert ours.elements <= max(vocabulary * width, loss.SOFTMAX_ELEMENTS)
