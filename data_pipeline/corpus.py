@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -25,7 +25,8 @@ FILE_SUFFIXES = (*LINE_SUFFIXES, *PARQUET_SUFFIXES, *COMPRESSION_SUFFIXES, ".txt
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-class Document(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Document:
     """One document: its text, the file (or hub name) it came from, and its number within that, from 0."""
 
     text: str
@@ -227,7 +228,7 @@ def _parquet_dataset(file: str, fs: fsspec.AbstractFileSystem) -> Any:
 
 def _table_documents(dataset: Any, file: str, text_field: str, on_bad: OnBad) -> Iterator[Document]:
     """Rows of a streamed dataset, taken as arrow tables: the text is checked as bytes, since arrow itself does not."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     row = index = 0
     try:

@@ -40,7 +40,7 @@ def open_stream(raw: BinaryIO, file: str, on_bytes: OnBytes) -> BinaryIO:
         decompressor = lzma.LZMAFile(buffered)  # noqa: SIM115
     else:
         # arrow is here with `datasets` and brings zstd, which Python's own library does not before 3.14.
-        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow
 
         decompressor = pyarrow.CompressedInputStream(buffered, "zstd")
     return io.BufferedReader(_GuardedReader(decompressor, file), buffer_size=READ_BYTES)
