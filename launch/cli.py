@@ -7,6 +7,7 @@ from typing import NoReturn
 
 import typer
 
+from launch.bench.app import app as bench
 from launch.commands import data, demo, evaluate, generate, train
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.add_typer(bench, name="bench")
 
 
 def main() -> NoReturn:

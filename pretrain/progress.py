@@ -12,8 +12,10 @@ PLAIN_SECONDS = 10.0
 class StepProgress:
     """Shows loss, learning rate, tokens/s, MFU and the time that is left."""
 
-    def __init__(self, first_step: int, total_steps: int | None, total_tokens: int | None) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(
+        self, first_step: int, total_steps: int | None, total_tokens: int | None, console: Console | None = None
+    ) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
         self.first, self.total_steps, self.total_tokens = first_step, total_steps, total_tokens
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None

@@ -1,0 +1,95 @@
+"""What is found out before ranks start, and what is said when they fail."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from launch.ranks import RanksError, StoppedError, culprit
+from launch.run import check_same_data, failure, locked, recipe_path
+from pretrain.outcome import Outcome
+from pretrain.run_dir import RunDir
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = RunDir(tmp_path / "run")
+    made.logs.mkdir(parents=True)
+    return made
+
+
+def rank_said(run: RunDir, rank: int, kind: str, message: str, exit_code: int) -> None:
+    run.rank_error(rank).write_text(json.dumps({"exit_code": exit_code, "type": kind, "message": message}))
+
+
+def test_recipes_by_name_and_by_path(tmp_path: Path) -> None:
+    assert recipe_path("58m").name == "58m.yaml"
+    own = tmp_path / "own.yaml"
+    own.touch()
+    assert recipe_path(str(own)) == own
+    with pytest.raises(ValueError, match="recipes are 125m, 1b, 58m, 70b, 7b, demo"):
+        recipe_path("59m")
+
+
+def test_one_attempt_at_a_time(run: RunDir) -> None:
+    with locked(run), pytest.raises(ValueError, match="is being trained in by another process"), locked(run):
+        pass
+    with locked(run):
+        pass
+
+
+def test_the_users_mistake_leads(run: RunDir) -> None:
+    rank_said(run, 0, "RuntimeError", "connection closed by peer", 1)
+    rank_said(run, 1, "ValueError", "shard x is\ndamaged", 2)
+    outcome = failure(run, RanksError(0, None))
+    assert (outcome.exit_code, outcome.message) == (2, "shard x is damaged")
+
+
+def test_a_killed_rank_leads_its_peers_complaint(run: RunDir) -> None:
+    rank_said(run, 0, "RuntimeError", "connection closed by peer", 1)
+    outcome = failure(run, RanksError(1, "SIGKILL"))
+    assert outcome.exit_code == 1
+    assert outcome.message.startswith("rank 1 was killed by SIGKILL; go on with: steppe resume")
+
+
+def test_a_crash_names_its_log(run: RunDir) -> None:
+    rank_said(run, 3, "ZeroDivisionError", "division by zero", 1)
+    message = failure(run, RanksError(3, None)).message
+    assert message == f"ZeroDivisionError: division by zero (traceback in {run.rank_log(3)})"
+
+
+def test_ranks_that_said_nothing(run: RunDir) -> None:
+    assert failure(run, StoppedError("got SIGTERM")).message.startswith("got SIGTERM")
+
+
+@pytest.mark.parametrize(
+    ("codes", "said"),
+    [
+        ({0: 1, 1: -9}, "rank 1 was killed by SIGKILL"),
+        ({0: -15, 1: 1}, "rank 0 failed"),  # the launcher's own SIGTERM blames nobody
+        ({1: -11, 0: -15}, "rank 1 was killed by SIGSEGV"),
+    ],
+)
+def test_culprit(codes: dict[int, int], said: str) -> None:
+    failures = {rank: SimpleNamespace(exitcode=code) for rank, code in codes.items()}
+    assert str(culprit(failures)) == said
+
+
+def test_a_resumed_run_reads_the_same_data() -> None:
+    old = {"tokenizer": "t1", "manifests": {"a": "m1", "b": "m2"}}
+    check_same_data(old, {"tokenizer": "t1", "manifests": {"a": "m1", "new": "m9"}}, [])
+    with pytest.raises(ValueError, match="tokenizer was t1 and would become t2.*--allow tokenizer"):
+        check_same_data(old, {**old, "tokenizer": "t2"}, ["manifest"])
+    with pytest.raises(ValueError, match="data source b is not what this run has read.*--allow manifest"):
+        check_same_data(old, {"tokenizer": "t1", "manifests": {"b": "m3"}}, ["tokenizer"])
+    check_same_data(old, {"tokenizer": "t2", "manifests": {"b": "m3"}}, ["tokenizer", "manifest"])
+
+
+def test_an_outcome_survives_its_file(run: RunDir) -> None:
+    outcome = Outcome("stopped", 75, 12, "step 12: stopped on request")
+    outcome.write(run)
+    assert Outcome.read(run) == outcome
+    run.outcome_path.write_text("{")
+    with pytest.raises(ValueError, match="outcome.json is damaged"):
+        Outcome.read(run)

@@ -1,0 +1,71 @@
+"""Events that survive a crash, and progress for a person, on a terminal and elsewhere."""
+
+import io
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from pretrain.progress import StepProgress
+from pretrain.recorder import RunRecorder, read_events
+from pretrain.run_dir import RunDir, event_line
+
+STEP = {
+    "loss": 0.1 + 0.2,
+    "grad_norm": 1 / 3,
+    "lr": 1e-3,
+    "tokens": 4096,
+    "tokens_per_second": 1e4,
+    "mfu": 0.5,
+    "step_seconds": 0.4,
+    "data_seconds": 0.0,
+    "memory_bytes": 7,
+    "tokens_in_step": 4096,
+}
+
+
+def test_events_keep_every_digit_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
+    recorder.step(step=1, **STEP)
+    recorder.validation(1, 4096, {"a": 2.5})
+    recorder.close()
+    with open(tmp_path / "events.jsonl", "a") as events:
+        events.write(event_line("step", {**STEP, "step": 2})[:50])
+    (step,) = read_events(tmp_path / "events.jsonl", "step")
+    assert (step["loss"], step["grad_norm"]) == (0.1 + 0.2, 1 / 3)
+    assert [event["type"] for event in read_events(tmp_path / "events.jsonl")] == ["step", "evaluation"]
+
+
+def shown(terminal: bool, **lengths: int | None) -> str:
+    out = io.StringIO()
+    progress = StepProgress(
+        0, lengths.get("steps"), lengths.get("tokens"), Console(file=out, force_terminal=terminal, width=150)
+    )
+    for step in range(1, 4):
+        progress.step({**STEP, "step": step, "tokens": step * 4096})
+    progress.say("saved")
+    progress.close()
+    return out.getvalue()
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    first, last, saved = shown(terminal=False, steps=3).splitlines()
+    assert first.startswith("step 1/3  loss 0.3000  lr 1.00e-03  10,000 tok/s  MFU 50.0%  grad norm 0.333")
+    assert last.startswith("step 3/3")
+    assert saved == "saved"
+
+
+def test_a_bar_on_a_terminal() -> None:
+    bar = shown(terminal=True, steps=3)
+    assert "3/3" in bar
+    assert "loss 0.3000" in bar
+
+
+def test_a_run_counted_in_tokens_shows_its_length_in_steps() -> None:
+    assert "step 1/10" in shown(terminal=False, tokens=40960)
+
+
+def test_event_line_is_one_line() -> None:
+    line = event_line("note", {"text": "a\nb"})
+    assert line.count("\n") == 1
+    assert json.loads(line)["text"] == "a\nb"
