@@ -111,7 +111,7 @@ class _Preparation:
         documents = read_documents(inputs, text_field, self._quarantine.add, self._count_bytes)
         text_bytes = documents_written = tokens_written = 0
         with self._quarantine, ShardWriter(self._out, self._dtype, shard_bytes) as writer:
-            for chunk in self._encoded(self._chunks(documents), workers or os.cpu_count() or 1):
+            for chunk in self._encoded(self._chunks(documents), workers or len(os.sched_getaffinity(0))):
                 writer.append(chunk.tokens, chunk.lengths)
                 text_bytes += chunk.text_bytes
                 documents_written += len(chunk.lengths)

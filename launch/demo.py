@@ -117,8 +117,8 @@ class Demo:
 
     def generate(self) -> tuple[str, None]:
         result = self.steppe("generate", self.run_dir, "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
-        self.console.print(result["text"], markup=False)
-        return f"{len(result['text'].splitlines()) - len(PROMPT.splitlines())} lines of code after a prompt", None
+        self.console.print(PROMPT + result["text"], markup=False)
+        return f"{len(result['text'].splitlines())} lines of code after a prompt of {len(PROMPT.splitlines())}", None
 
     @property
     def run_dir(self) -> Path:
@@ -126,8 +126,7 @@ class Demo:
 
     def last_step(self) -> dict[str, Any]:
         """The newest step event of the run."""
-        from pretrain.recorder import read_events
-        from pretrain.run_dir import RunDir
+        from pretrain.run_dir import RunDir, read_events
 
         return read_events(RunDir(self.run_dir).events_path, "step")[-1]
 

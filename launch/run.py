@@ -1,18 +1,23 @@
 """Starting and resuming a run: everything that can be wrong is found here, before any rank starts."""
 
 import fcntl
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.manifest import Manifest
+import xxhash
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.manifest import TOKENIZER_NAME, Manifest
+from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
 from pretrain.config import RunConfig, changes, check_layout, check_resume
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
-from pretrain.run_dir import RunDir, event_line, read_json, write_json
+from pretrain.run_dir import RunDir, event_line, open_events, read_events, read_json, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -30,7 +35,7 @@ def recipe_path(recipe: str) -> Path:
 
 def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_after: int | None) -> Outcome:
     """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
-    config = load_config(recipe_path(recipe), overrides)
+    config = with_absolute_paths(load_config(recipe_path(recipe), overrides))
     run = RunDir(run_dir.resolve())
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
@@ -39,9 +44,9 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_aft
     data = check_data(config)
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
-        dump_config(config, run.config_path)
         write_json(run.data_path, data)
-        run.tokenizer_path.write_bytes((Path(config.data.sources[0].path) / "tokenizer.model").read_bytes())
+        shutil.copyfile(Path(config.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
+        dump_config(config, run.config_path)  # last: with it, the folder is a run
         return attempt(run, nproc, stop_after)
 
 
@@ -53,21 +58,38 @@ def resume(
     if not run.config_path.is_file():
         raise ValueError(f"{run_dir} is not a run: {run.config_path.name} is missing in it")
     old = load_config(run.config_path)
-    new = validated(apply_overrides(old.model_dump(mode="json"), overrides))
+    tree = apply_overrides(old.model_dump(mode="json"), overrides)
+    if "preset" in tree["model"]:
+        raise ValueError("model.preset: a resumed run has every field of its model already; set the fields themselves")
+    new = with_absolute_paths(validated(tree))
     ranks = nproc if nproc is not None else ranks_before(run)
     differences = changes(old, new)
     check_resume(differences, allowed)
     check_ranks(new, ranks)
     check_stop_after(stop_after)
     data = check_data(new)
-    check_same_data(read_json(run.data_path), data, allowed)
+    known = read_json(run.data_path)
+    check_same_data(known, data, allowed)
+    # A source that is left out now may come back, and must then be what it was.
+    data["manifests"] = known["manifests"] | data["manifests"]
     with locked(run):
         if differences:
             dump_config(new, run.config_path)
-            with open(run.events_path, "a", encoding="utf-8") as events:
+            with open_events(run) as events:
                 events.write(event_line("resume", {"changes": differences}))
         write_json(run.data_path, data)
         return attempt(run, ranks, stop_after)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with its data where it lies now: a run may be resumed from another folder."""
+
+    def absolute(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(source.model_copy(update={"path": str(Path(source.path).resolve())}) for source in sources)
+
+    data = config.data.model_copy(update={"sources": absolute(config.data.sources)})
+    evaluation = config.evaluation.model_copy(update={"sources": absolute(config.evaluation.sources)})
+    return config.model_copy(update={"data": data, "evaluation": evaluation})
 
 
 def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
@@ -80,7 +102,9 @@ def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
         run_ranks("pretrain.worker", args, nproc)
     except (RanksError, StoppedError) as error:
         if not run.outcome_path.is_file():
-            return failure(run, error)
+            outcome = failure(run, error)
+            outcome.write(run)
+            return outcome
     return Outcome.read(run)
 
 
@@ -93,13 +117,19 @@ def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
     said.sort(key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] == "RuntimeError", item[0]))
     killed = isinstance(error, RanksError) and error.killed_by is not None
     if not said or (killed and said[0][1]["type"] == "RuntimeError"):
-        return Outcome("failed", EXIT_FAILED, 0, f"{error}; go on with: steppe resume {run.path}")
+        return Outcome("failed", EXIT_FAILED, last_step(run), f"{error}; go on with: steppe resume {run.path}")
     path, first = said[0]
     message = " ".join(first["message"].split())
-    if first["type"] not in ("ValueError", "OSError"):
+    if first["exit_code"] != EXIT_WRONG_INPUT and first["type"] not in ("OSError", "CheckpointError"):
         log = path.with_name(path.name.replace(".error.json", ".log"))
         message = f"{first['type']}: {message} (traceback in {log})"
-    return Outcome("failed", first["exit_code"], 0, message)
+    return Outcome("failed", first["exit_code"], last_step(run), message)
+
+
+def last_step(run: RunDir) -> int:
+    """The last step that was made, 0 if none was."""
+    steps = read_events(run.events_path, "step") if run.events_path.is_file() else []
+    return steps[-1]["step"] if steps else 0
 
 
 def ranks_before(run: RunDir) -> int:
@@ -139,7 +169,19 @@ def check_data(config: RunConfig) -> dict[str, Any]:
                 f"{source.path} was written with a vocabulary of {manifest.vocab_size}, the model has "
                 f"model.vocab_size={config.model.vocab_size}: set it to {manifest.vocab_size}"
             )
+        if manifest.tokens <= config.data.sequence_length:
+            raise ValueError(
+                f"{source.path} holds {manifest.tokens} tokens, not one window of data.sequence_length="
+                f"{config.data.sequence_length} and its next token: add text, or shorten the sequence"
+            )
+        copy = xxhash.xxh3_64_hexdigest((Path(source.path) / TOKENIZER_NAME).read_bytes())
+        if copy != manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{Path(source.path) / TOKENIZER_NAME} is not the tokenizer that {source.path} was written with "
+                f"({copy}, its manifest says {manifest.tokenizer_fingerprint}): restore it, or prepare the data again"
+            )
     check_same_tokenizer(manifests)
+    shares({source.name: source.weight for source in config.data.sources}, [])
     training = {source.name: manifests[source.path].fingerprint for source in config.data.sources}
     return {"tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint, "manifests": training}
 
@@ -163,9 +205,12 @@ def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]
 @contextmanager
 def locked(run: RunDir) -> Iterator[None]:
     """One attempt at a time in a run folder; the lock goes with the process, however it ends."""
-    with open(run.path / "lock", "w", encoding="utf-8") as lock:
+    with open(run.lock_path, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Ranks outlive a launcher that is killed: they finish their step and save.
+            with open(run.ranks_lock_path, "w", encoding="utf-8") as ranks_lock:
+                fcntl.flock(ranks_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{run.path} is being trained in by another process: wait for it, or stop it") from None
         yield

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,10 +26,19 @@ from model.config import ModelConfig
 from pretrain.boxes import Box, common, slices
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
+from pretrain.parallel_dims import gathered
+from pretrain.recipe import validated
 from pretrain.run_dir import read_json, sync_folder, write_durably
 from pretrain.state import TrainState
 
 FORMAT = 1
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written; the older ones are untouched."""
+
+
+KEYS = {"format", "step", "config", "tokenizer_fingerprint", "trainer", "engine", "parameters", "files"}
 NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -80,7 +89,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of this step and commit it. Collective over `group` (None: a single rank).
 
-    Raises OSError on every rank if any rank could not write its part; the older checkpoints are untouched then.
+    All but the newest `config.checkpoint.keep` are removed then. Raises CheckpointError on every rank if any rank could
+    not write its part; the older checkpoints are untouched in that case.
     """
     final = checkpoint_path(folder, state.step)
     scratch = final.with_name(final.name + ".tmp")
@@ -89,7 +99,8 @@ def save_checkpoint(
     plan = [(piece.name, piece.shape, piece.box.offset, piece.box.size) for piece in pieces]
 
     def prepare() -> None:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for leftover in folder.glob("*.tmp"):  # of saves and removals that were cut short
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         scratch.mkdir(parents=True)
 
     def write() -> int:
@@ -127,6 +138,7 @@ def save_checkpoint(
         os.replace(scratch, final)
         sync_folder(folder)
         write_durably(folder / "latest", final.name + "\n")
+        prune_checkpoints(folder, state.step, config.checkpoint.keep)
 
     _together(group, lambda: prepare() if rank == 0 else None)
     everyone = _together(group, lambda: (plan, write()))
@@ -139,30 +151,28 @@ def _together(group: dist.ProcessGroup | None, act: Any) -> list[Any]:
     try:
         mine: Any = (act(), None)
     except OSError as error:
-        mine = (None, (error.errno, f"{error.filename or ''} {error.strerror or error}".strip()))
-    except Exception as error:  # safetensors has an exception of its own for a full disk
-        mine = (None, (_errno_of(error), str(error)))
-    outcomes = [mine]
-    if group:
-        outcomes = [None] * dist.get_world_size(group)
-        dist.all_gather_object(outcomes, mine, group=group)
+        mine = (None, f"{error.filename or ''} {error.strerror or error}".strip())
+    except SafetensorError as error:  # how it reports a full disk
+        mine = (None, str(error))
+    outcomes = gathered(mine, group)
     for rank, (_, failure) in enumerate(outcomes):
         if failure:
-            raise OSError(failure[0], f"rank {rank} could not write the checkpoint: {failure[1]}")
+            raise CheckpointError(f"rank {rank} could not write the checkpoint: {failure}")
     return [result for result, _ in outcomes]
 
 
-def _errno_of(error: Exception) -> int | None:
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else None
+def prune_checkpoints(folder: Path, step: int, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints up to `step`, the one just saved.
 
-
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; one that is being removed never looks like a whole one."""
-    for old in list_checkpoints(folder)[:-keep]:
+    A later one was passed over when this run resumed before it (it is torn, or belongs to an abandoned future), so it
+    goes, too. One that is being removed never looks like a whole one.
+    """
+    checkpoints = list_checkpoints(folder)
+    lived = [path for path in checkpoints if _step_of(path) <= step]
+    for old in [*lived[:-keep], *checkpoints[len(lived) :]]:
         doomed = old.with_name(old.name + ".tmp")
         os.replace(old, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(doomed)
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -172,26 +182,40 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=lambda p: int(p.name[5:]))
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_checkpoint(folder: Path, passed_over: list[str] | None = None) -> Path | None:
-    """The newest committed checkpoint that is whole, or None; why newer ones are not is added to `passed_over`."""
+    """The newest committed checkpoint that is whole, or None; why newer ones are not is added to `passed_over`.
+
+    Raises ValueError if there are checkpoints and none is whole: what was learnt is not to be thrown away unasked.
+    """
+    passed_over = [] if passed_over is None else passed_over
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             read_index(checkpoint)
         except ValueError as error:
-            if passed_over is not None:
-                passed_over.append(str(error))
+            passed_over.append(str(error))
         else:
             return checkpoint
+    if passed_over:
+        raise ValueError(
+            f"none of the checkpoints in {folder} can be used: {'; '.join(passed_over)}. "
+            "Restore one, or move the folder away to train from scratch"
+        )
     return None
 
 
 def read_index(checkpoint: Path) -> CheckpointIndex:
     """Read and check index.json. Raises ValueError if it, or any file it names, is missing or of the wrong size."""
     raw = read_json(checkpoint / "index.json")
-    if raw.get("format") != FORMAT:
+    if not isinstance(raw, dict) or not raw.keys() >= KEYS:
+        raise ValueError(f"{checkpoint / 'index.json'} is not a checkpoint's index: it lacks {', '.join(sorted(KEYS))}")
+    if raw["format"] != FORMAT:
         raise ValueError(f"{checkpoint} has checkpoint format {raw.get('format')}, this version reads {FORMAT}")
     for name, size in raw["files"].items():
         path = checkpoint / name
@@ -201,7 +225,7 @@ def read_index(checkpoint: Path) -> CheckpointIndex:
             raise ValueError(f"{path} {found}, expected {size} bytes: use another checkpoint")
     return CheckpointIndex(
         step=raw["step"],
-        config=RunConfig.model_validate(raw["config"]),
+        config=validated(raw["config"]),
         tokenizer_fingerprint=raw["tokenizer_fingerprint"],
         trainer=raw["trainer"],
         engine=raw["engine"],
@@ -239,13 +263,22 @@ class _Reader:
             raise ValueError(f"{self.checkpoint} covers {found} of {wanted.numel} values of {name}: it is damaged")
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine) -> TrainState:
-    """Load into an engine of any layout, in place. Every value of the state must be covered."""
-    index = read_index(checkpoint)
+def load_checkpoint(checkpoint: Path, engine: Engine, group: dist.ProcessGroup | None = None) -> TrainState:
+    """Load into an engine of any layout, in place. Collective over `group` (None: a single rank).
+
+    Raises ValueError on every rank if any finds a value of its state not covered, or a file damaged.
+    """
+    index, failure = read_index(checkpoint), None
     reader = _Reader(checkpoint, index)
-    with torch.no_grad():
-        for piece in engine.pieces():
-            reader.read(piece.name, piece.shape, piece.box, piece.views)
+    try:
+        with torch.no_grad():
+            for piece in engine.pieces():
+                reader.read(piece.name, piece.shape, piece.box, piece.views)
+    except (ValueError, OSError, SafetensorError) as error:
+        failure = f"{checkpoint} cannot be loaded: {error}"
+    failures = [found for found in gathered(failure, group) if found is not None]
+    if failures:
+        raise ValueError(failures[0])
     engine.restored(index.engine)
     return TrainState.from_state_dict(index.trainer)
 

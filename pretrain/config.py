@@ -193,6 +193,11 @@ class RunConfig(Section):
                 f"precision={self.precision} does not go with parallel.zero_stage=0, where DeepSpeed applies a step of "
                 "weight decay before training: set parallel.zero_stage to 1, which costs nothing on one rank"
             )
+        if self.precision == "fp16" and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "precision=fp16 does not go with parallel.zero_stage=3, where DeepSpeed takes half the gradient's norm "
+                "on steps at which the loss scale doubles: set parallel.zero_stage to 2, or use bf16"
+            )
         return self
 
 
@@ -209,9 +214,10 @@ def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) ->
     share = config.batch.micro_batch_size * data_world
     if global_batch_size % share:
         fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * data_world) == 0]
+        key = "batch.global_batch_size" if global_batch_size == config.batch.global_batch_size else "batch.ramp: size"
         remedy = f"micro_batch_size may be {', '.join(map(str, fitting))}" if fitting else "use fewer ranks"
         raise ValueError(
-            f"batch.global_batch_size={global_batch_size} is not a multiple of batch.micro_batch_size="
+            f"{key}={global_batch_size} is not a multiple of batch.micro_batch_size="
             f"{config.batch.micro_batch_size} times {data_world} data-parallel ranks ({share}): {remedy}"
         )
     return global_batch_size // share

@@ -50,9 +50,6 @@ def init_process_group(device: torch.device) -> None:
     if device.type == "cuda":
         dist.init_process_group("nccl", device_id=device)
     else:
-        # Ranks on one node share its cores: more threads than that fight each other.
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         dist.init_process_group("gloo")
 
 

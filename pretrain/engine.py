@@ -87,7 +87,7 @@ def agree(
     """One small all-reduce and the step's only read by the host."""
     device, world = stats.nll.device, dist.get_world_size() if dist.is_initialized() else 1
     own = torch.tensor([stop, failed, data_seconds / world, memory_bytes / world], dtype=torch.float64)
-    vector = torch.cat([stats.nll.double().reshape(1), own.to(device, non_blocking=True)])
+    vector = torch.cat([stats.nll.double().reshape(1), own.to(device)])
     if dist.is_initialized():
         dist.all_reduce(vector)
     everything = torch.cat([vector, stats.tokens.double().reshape(1), stats.grad_norm.to(device).double().reshape(1)])
@@ -96,17 +96,14 @@ def agree(
 
 
 def decoder_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    """A batch as the decoder takes it: int64 tensors `(B, T)` on the device, copied without waiting for the copy."""
+    """A batch as the decoder takes it: int64 tensors `(B, T)` on the device."""
     arrays = {
         "tokens_BT": batch.tokens,
         "targets_BT": batch.targets,
         "positions_BT": batch.positions,
         "document_ids_BT": batch.document_ids,
     }
-    return {
-        name: None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
-        for name, array in arrays.items()
-    }
+    return {name: None if array is None else torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def global_valid_tokens(batches: Sequence[Batch], device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """How an attempt at a run ended, as ranks leave it for the launcher. Ranks exit 0; this carries the exit code."""
 
+import traceback
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -25,6 +26,21 @@ class Outcome:
         return cls(**read_json(run_dir.outcome_path))
 
 
+OURS = {"launch", "pretrain", "model", "data_pipeline"}
+
+
 def exit_code_of(error: BaseException) -> int:
-    """2 where the user's input is at fault and a retry would not help, 1 for everything else."""
-    return EXIT_WRONG_INPUT if isinstance(error, ValueError | FileNotFoundError | FileExistsError) else EXIT_FAILED
+    """2 where the user's input is at fault and a retry would not help, 1 for everything else.
+
+    The user's mistake is one that our own code found: a ValueError raised inside a library is a fault of ours.
+    """
+    mistake = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
+    return EXIT_WRONG_INPUT if mistake and _raised_in(error) in OURS else EXIT_FAILED
+
+
+def _raised_in(error: BaseException) -> str:
+    """The top-level package of the code that raised."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    spec = frames[-1][0].f_globals.get("__spec__") if module == "__main__" else None
+    return (spec.name if spec else module).split(".")[0]

@@ -1,13 +1,11 @@
 """What a run says about itself, from one rank: events.jsonl at full precision, TensorBoard, and lines for a person."""
 
-import json
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.progress import StepProgress
-from pretrain.run_dir import RunDir, event_line
+from pretrain.run_dir import RunDir, event_line, open_events
 
 # Scalars of a step event that TensorBoard shows, with units in their names.
 STEP_SCALARS = {
@@ -55,7 +53,7 @@ class RunRecorder:
     """Writes into a run's folder. A resumed run appends: where a step was made twice, the later line holds."""
 
     def __init__(self, run_dir: RunDir, first_step: int, total_steps: int | None, total_tokens: int | None) -> None:
-        self.events = open(run_dir.events_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.events = open_events(run_dir)
         self.tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
         self.progress = StepProgress(first_step, total_steps, total_tokens)
 
@@ -85,16 +83,3 @@ class RunRecorder:
 
     def _write(self, kind: str, event: dict[str, Any]) -> None:
         self.events.write(event_line(kind, event))
-
-
-def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The events of a run, oldest first. A last line that a crash cut short is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if kind is None or event["type"] == kind:
-            events.append(event)
-    return events

@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class RunDir:
     environment.json  versions, git revision, host, devices
     data.json         fingerprints of the tokenizer and of each source's manifest
     tokenizer.model   a copy, so that the run can be evaluated when its data is gone
-    events.jsonl      one JSON object a line: start, step, evaluation, checkpoint, resume, end
+    events.jsonl      one JSON object a line: environment, start, peak, stage, step, evaluation, checkpoint, resume, end
     outcome.json      how the last attempt ended; absent while it runs
     checkpoints/  tensorboard/  logs/
     """
@@ -46,6 +46,16 @@ class RunDir:
     @property
     def outcome_path(self) -> Path:
         return self.path / "outcome.json"
+
+    @property
+    def lock_path(self) -> Path:
+        """Locked by the launcher of the attempt that is under way."""
+        return self.path / "lock"
+
+    @property
+    def ranks_lock_path(self) -> Path:
+        """Locked by that attempt's first rank."""
+        return self.path / "ranks.lock"
 
     @property
     def checkpoints(self) -> Path:
@@ -87,9 +97,35 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def open_events(run_dir: RunDir) -> TextIO:
+    """events.jsonl, to append lines to. A line that a crash cut short is ended first: it takes no other along."""
+    torn = False
+    if run_dir.events_path.is_file() and run_dir.events_path.stat().st_size:
+        with open(run_dir.events_path, "rb") as events:
+            events.seek(-1, os.SEEK_END)
+            torn = events.read(1) != b"\n"
+    file = open(run_dir.events_path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    if torn:
+        file.write("\n")
+    return file
+
+
 def event_line(kind: str, event: dict[str, Any]) -> str:
     """One line of events.jsonl."""
     return json.dumps({"type": kind, **event, "time": time.time()}) + "\n"
+
+
+def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The events of a run, oldest first. A last line that a crash cut short is left out."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if kind is None or event["type"] == kind:
+            events.append(event)
+    return events
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,6 +1,7 @@
 """Being asked to stop: a signal only sets a flag, which the ranks see together at the end of a step."""
 
 import ctypes
+import os
 import signal
 from types import FrameType
 
@@ -14,10 +15,11 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+        launcher = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        self.asked = os.getppid() != launcher  # it died just before the kernel was told
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

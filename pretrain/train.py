@@ -1,19 +1,22 @@
 """The loop: data, forward, backward, step, agree, log, validate, save. It never asks how a model is laid out."""
 
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import Loader
 from model.accounting import flops_per_token
-from pretrain.checkpoint import load_checkpoint, newest_checkpoint, prune_checkpoints, save_checkpoint
+from pretrain.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.device import new_cpu_group, peak_flops, peak_memory_bytes
 from pretrain.engine import DTYPES, Engine, Status, agree, build_engine
-from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT, Outcome
-from pretrain.parallel_dims import ParallelDims
+from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, exit_code_of
+from pretrain.parallel_dims import ParallelDims, gathered
 from pretrain.recorder import Recorder, RunRecorder, SilentRecorder
 from pretrain.run_dir import RunDir, read_json
 from pretrain.schedule import batch_plan, finished, learning_rate
@@ -22,59 +25,60 @@ from pretrain.stop import StopRequest
 from pretrain.validation import validate
 
 
-def train(run_dir: RunDir, config: RunConfig, device: torch.device, stop_after: int | None) -> Outcome:
+def train(
+    run_dir: RunDir, config: RunConfig, device: torch.device, stop: StopRequest, stop_after: int | None
+) -> Outcome:
     """Train from the newest checkpoint, or from the seed, until the schedule ends, `stop_after` steps are made, some
-    rank is asked to stop, or some rank cannot go on. Collective; the outcome is the same on every rank."""
-    stop = StopRequest()
+    rank is asked to stop, or some rank cannot go on. Collective; the outcome is the same on every rank.
+
+    Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, CheckpointError if a
+    checkpoint cannot be written.
+    """
     dims = ParallelDims.of_this_rank()
     host_group = new_cpu_group() if dims.data_world > 1 else None
     engine = build_engine(config, device, dims)
-    state, origin = restore(run_dir, engine)
-    mixture = {source.name: source.weight for source in config.data.sources}
-    if finished(config.schedule, state.step, state.tokens):
-        return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run was complete already")
-    recorder = open_recorder(run_dir, config, state, dims)
-    recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.data_world)
-    if state.set_mixture(mixture):
-        recorder.event("stage", step=state.step, position=state.position, weights=mixture)
-    meter = Meter(config, device, dims, recorder)
-    loader = open_loader(config, state, dims)
+    state, origin = restore(run_dir, engine, host_group)
+    if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
+        return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already")
     fingerprint = read_json(run_dir.data_path)["tokenizer"]
+    with ExitStack() as opened:
+        recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
+        recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.data_world)
+        mixture = {source.name: source.weight for source in config.data.sources}
+        if state.set_mixture(mixture):
+            recorder.event("stage", step=state.step, position=state.position, weights=mixture)
+        meter = Meter(config, device, dims, recorder)
+        loader = opened.enter_context(closing(open_loader(config, state, dims)))
 
-    def save() -> None:
-        path = save_checkpoint(run_dir.checkpoints, engine, state, config, fingerprint, host_group)
-        if dims.data_rank == 0:
-            prune_checkpoints(run_dir.checkpoints, config.checkpoint.keep)
-        recorder.event("checkpoint", f"step {state.step}: saved {path}", step=state.step, path=str(path))
+        def save() -> None:
+            path = save_checkpoint(run_dir.checkpoints, engine, state, config, fingerprint, host_group)
+            recorder.event("checkpoint", f"step {state.step}: saved {path}", step=state.step, path=str(path))
 
-    try:
         outcome = missing_data(loader, state.step, host_group)
-        batches = iter(loader)
         while outcome is None:
             meter.begin()
             lr = learning_rate(config, state.step, state.tokens)
-            step_batches = next(batches)
-            meter.data_arrived()
-            stats = engine.train_step(step_batches, lr)
-            failed = loader.failure is not None
+            batches = next(loader)
+            stats = engine.train_step(batches, lr)
+            with meter.waiting_for_data():
+                failed = loader.failure is not None  # the next batch is there, or never will be
             status = agree(stats, stop.asked, failed, meter.data_seconds, peak_memory_bytes(device))
-            sequences = sum(len(batch.tokens) for batch in step_batches) * dims.data_world
+            sequences = sum(len(batch.tokens) for batch in batches) * dims.data_world
             state.advance(sequences, config.data.sequence_length)
             meter.record(state, status, lr, sequences)
 
             outcome = ending(config, state, status, stop_after) or (
                 missing_data(loader, state.step, host_group) if status.failed else None
             )
-            if due(config.evaluation.every_steps, state.step) and status.finite:
-                recorder.validation(state.step, state.tokens, validate(engine, config, device, dims))
             sound = status.finite or config.precision == "fp16"
             if sound and (outcome is not None or due(config.checkpoint.every_steps, state.step)):
                 save()
+            hurried = outcome is not None and outcome.status != "done"
+            if sound and not hurried and due(config.evaluation.every_steps, state.step):
+                losses = validate(engine, config, device, dims, host_group)
+                recorder.validation(state.step, state.tokens, losses)
         recorder.event("end", step=state.step, status=outcome.status, message=outcome.message)
         return outcome
-    finally:
-        loader.close()
-        recorder.close()
 
 
 def due(every: int, step: int) -> bool:
@@ -103,23 +107,33 @@ def ending(config: RunConfig, state: TrainState, status: Status, stop_after: int
 
 def missing_data(loader: Loader, step: int, group: dist.ProcessGroup | None) -> Outcome | None:
     """An outcome if any rank cannot get its next batch. Collective, so that no rank waits for one that gave up."""
-    own = str(loader.failure) if loader.failure is not None else None
-    failures: list[str | None] = [own]
-    if group is not None:
-        failures = [None] * dist.get_world_size(group)
-        dist.all_gather_object(failures, own, group=group)
-    first = next((failure for failure in failures if failure), None)
-    return Outcome("failed", EXIT_WRONG_INPUT, step, first) if first else None
+    error = loader.failure
+    own = None if error is None else (exit_code_of(error), str(error) or type(error).__name__)
+    for failure in gathered(own, group):
+        if failure is not None:
+            return Outcome("failed", failure[0], step, failure[1])
+    return None
 
 
-def restore(run_dir: RunDir, engine: Engine) -> tuple[TrainState, str]:
-    """The state to train from, loaded into the engine, and where it comes from, in words."""
+def restore(run_dir: RunDir, engine: Engine, group: dist.ProcessGroup | None) -> tuple[TrainState, str]:
+    """The state to train from, loaded into the engine, and where it comes from, in words.
+
+    The first rank chooses the checkpoint for all: on a network file system the others may see an older folder.
+    """
     passed_over: list[str] = []
-    checkpoint = newest_checkpoint(run_dir.checkpoints, passed_over)
-    notes = "".join(f" (passed over: {reason})" for reason in passed_over)
+    choice: tuple[Path | None, str | None] = (None, None)
+    if group is None or dist.get_rank(group) == 0:
+        try:
+            choice = (newest_checkpoint(run_dir.checkpoints, passed_over), None)
+        except ValueError as error:
+            choice = (None, str(error))
+    checkpoint, failure = gathered(choice, group)[0]
+    if failure is not None:
+        raise ValueError(failure)
     if checkpoint is None:
-        return TrainState(), f"no checkpoint, trains from scratch{notes}"
-    state = load_checkpoint(checkpoint, engine)
+        return TrainState(), "no checkpoint, trains from scratch"
+    state = load_checkpoint(checkpoint, engine, group)
+    notes = "".join(f" (passed over: {reason})" for reason in passed_over)
     return state, f"resumes after step {state.step} from {checkpoint}{notes}"
 
 
@@ -169,9 +183,12 @@ class Meter:
         """A step begins."""
         self.started = time.perf_counter()
 
-    def data_arrived(self) -> None:
-        """The step has its batches."""
-        self.data_seconds = time.perf_counter() - self.started
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Around whatever waits for the next batches."""
+        started = time.perf_counter()
+        yield
+        self.data_seconds = time.perf_counter() - started
 
     def record(self, state: TrainState, status: Status, lr: float, sequences: int) -> None:
         """The step is done. MFU: the model's own FLOPs (`model/accounting.py`) against the peak of all devices."""

@@ -3,26 +3,25 @@
 import torch
 import torch.distributed as dist
 
+from data_pipeline.batch import Batch
+from data_pipeline.config import SourceConfig
 from data_pipeline.loader import validation_batches
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
-from pretrain.parallel_dims import ParallelDims
+from pretrain.parallel_dims import ParallelDims, gathered
 
 
-def validate(engine: Engine, config: RunConfig, device: torch.device, dims: ParallelDims) -> dict[str, float]:
-    """Mean of -log p, nats a token, per source. Every rank makes equally many forwards, so none can hang another."""
+def validate(
+    engine: Engine, config: RunConfig, device: torch.device, dims: ParallelDims, group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """Mean of -log p, nats a token, per source. Every rank makes equally many forwards, so none can hang another.
+
+    Raises ValueError on every rank if any cannot read its share.
+    """
     losses = {}
     for source in config.evaluation.sources:
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, targets
-        for batch in validation_batches(
-            source,
-            config.data.sequence_length,
-            config.batch.micro_batch_size,
-            dims.data_rank,
-            dims.data_world,
-            config.model.document_mask,
-            config.evaluation.windows,
-        ):
+        for batch in read_together(source, config, dims, group):
             sums[0] += engine.validation_nll(batch)
             sums[1] += batch.valid_tokens
         if dist.is_initialized():
@@ -30,3 +29,30 @@ def validate(engine: Engine, config: RunConfig, device: torch.device, dims: Para
         nll, tokens = sums.tolist()
         losses[source.name] = nll / tokens
     return losses
+
+
+def read_together(
+    source: SourceConfig, config: RunConfig, dims: ParallelDims, group: dist.ProcessGroup | None
+) -> list[Batch]:
+    """This rank's batches of a source (at most `evaluation.windows` windows over all ranks, so they fit in memory),
+    read before any forward: a rank that cannot read must not leave the others waiting in one."""
+    batches: list[Batch] = []
+    failure = None
+    try:
+        batches = list(
+            validation_batches(
+                source,
+                config.data.sequence_length,
+                config.batch.micro_batch_size,
+                dims.data_rank,
+                dims.data_world,
+                config.model.document_mask,
+                config.evaluation.windows,
+            )
+        )
+    except (ValueError, OSError) as error:
+        failure = str(error)
+    failures = [found for found in gathered(failure, group) if found is not None]
+    if failures:
+        raise ValueError(failures[0])
+    return batches

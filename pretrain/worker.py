@@ -1,24 +1,21 @@
 """One rank of a run: `python -P -m pretrain.worker RUN_DIR`, started by a launcher that sets RANK and friends."""
 
 import argparse
+import fcntl
 import logging
 import os
 import sys
 import traceback
 from pathlib import Path
 
-import torch.distributed as dist
-
-from pretrain.device import detect, init_process_group
-from pretrain.environment import describe_environment
 from pretrain.outcome import exit_code_of
-from pretrain.recipe import load_config
-from pretrain.run_dir import RunDir, write_json
-from pretrain.train import train
+from pretrain.run_dir import RunDir, event_line, open_events, write_json
+from pretrain.stop import StopRequest
 
 
 def main() -> None:
     """Train, then let rank 0 write outcome.json once every rank is through; or say why this rank could not go on."""
+    stop = StopRequest()  # before the heavy imports, which take seconds in which a signal may come
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stop-after", type=int, default=None)
@@ -26,22 +23,40 @@ def main() -> None:
     run_dir, rank = RunDir(args.run_dir), int(os.environ["RANK"])
     divert_output(run_dir.rank_log(rank), streams=(1, 2) if rank else (1,))
     try:
-        device = detect()
-        init_process_group(device)
-        if rank == 0:
-            write_json(run_dir.environment_path, describe_environment(device, dist.get_world_size()))
-        outcome = train(run_dir, load_config(run_dir.config_path), device, args.stop_after)
-        dist.barrier()
-        if rank == 0:
-            outcome.write(run_dir)
-        dist.destroy_process_group()
+        run(run_dir, rank, stop, args.stop_after)
     except Exception as error:
-        # No barrier here: the other ranks are in the middle of something, and the launcher ends them.
+        # No barrier here: the other ranks may be in the middle of something, and the launcher ends them.
         with open(run_dir.rank_log(rank), "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
         reason = {"exit_code": exit_code_of(error), "type": type(error).__name__, "message": str(error)}
         write_json(run_dir.rank_error(rank), reason)
         sys.exit(1)
+
+
+def run(run_dir: RunDir, rank: int, stop: StopRequest, stop_after: int | None) -> None:
+    """What a rank does when nothing goes wrong."""
+    import torch.distributed as dist
+
+    from pretrain.device import detect, init_process_group
+    from pretrain.environment import describe_environment
+    from pretrain.recipe import load_config
+    from pretrain.train import train
+
+    device = detect()
+    init_process_group(device)
+    if rank == 0:
+        # Held until this process is gone, and so longer than the launcher's own, should that be killed.
+        lock = open(run_dir.ranks_lock_path, "w", encoding="utf-8")  # noqa: SIM115
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        environment = describe_environment(device, dist.get_world_size())
+        write_json(run_dir.environment_path, environment)
+        with open_events(run_dir) as events:
+            events.write(event_line("environment", environment))
+    outcome = train(run_dir, load_config(run_dir.config_path), device, stop, stop_after)
+    dist.barrier()
+    if rank == 0:
+        outcome.write(run_dir)
+    dist.destroy_process_group()
 
 
 def divert_output(path: Path, streams: tuple[int, ...]) -> None:

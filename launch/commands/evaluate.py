@@ -26,6 +26,7 @@ def evaluate(
 ) -> None:
     """Perplexity and bits per byte, by document: each token and EOS is scored exactly once, given BOS."""
     from launch.ranks import run_ranks
+    from pretrain.device import check_device
     from pretrain.evaluate_job import EvaluationJob, parse_domains, run_job, run_job_on_ranks, survey
 
     domains = parse_domains([*data, *(more_data or [])])
@@ -41,6 +42,7 @@ def evaluate(
         text_field=text_field,
         total_bytes=survey(domains, text_field),
     )
+    check_device(nproc, precision)
     result = run_job(job) if nproc == 1 else run_job_on_ranks(job, nproc, run_ranks)
     if as_json:
         print(json.dumps(result))

@@ -22,7 +22,7 @@ from pretrain.checkpoint import (
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
 from pretrain.state import TrainState
-from tests.dist.small_run import rank_batches, small_config
+from tests.small_run import rank_batches, small_config
 
 CPU = torch.device("cpu")
 
@@ -96,13 +96,33 @@ def test_a_step_made_again_replaces_its_checkpoint(engine: TorchEngine, tmp_path
 
 def test_pruning_keeps_the_newest(engine: TorchEngine, tmp_path: Path) -> None:
     for step in (9, 10, 11, 100_000_000):
-        save(tmp_path, engine, step)
-    prune_checkpoints(tmp_path, 2)
+        save(tmp_path, engine, step)  # keeps 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000011", "step_100000000"]
+
+
+def test_pruning_never_takes_a_torn_future_for_the_newest(engine: TorchEngine, tmp_path: Path) -> None:
+    """Resumed before a torn checkpoint: it is not what is kept when the run saves again."""
+    for step in (8, 12):
+        save(tmp_path, engine, step)
+    (tmp_path / "step_00000012" / "rank-00000.safetensors").unlink()
+    (tmp_path / "step_00000012.tmp").mkdir()
+    save(tmp_path, engine, 10)
+    prune_checkpoints(tmp_path, 10, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000010"]
+
+
+def test_no_usable_checkpoint_is_an_error(engine: TorchEngine, tmp_path: Path) -> None:
+    path = save(tmp_path, engine, 8)
+    for content, words in (("[]", "is not a checkpoint's index"), ('{"format": 1}', "it lacks"), ("{", "is damaged")):
+        (path / "index.json").write_text(content)
+        with pytest.raises(ValueError, match="none of the checkpoints") as caught:
+            newest_checkpoint(tmp_path)
+        assert words in str(caught.value)
 
 
 def test_the_newest_that_is_whole_is_found(engine: TorchEngine, tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "none") is None
+    engine.config = small_config("checkpoint.keep=9")
     paths = [save(tmp_path, engine, step) for step in (1, 2, 3, 4)]
     shutil.copytree(paths[3], tmp_path / "step_00000005.tmp")
     (paths[3] / "index.json").write_text('{"format": 1, "st')

@@ -19,7 +19,7 @@ from pretrain.config import (
 from pretrain.optimizers import OPTIMIZERS
 from pretrain.recipe import apply_overrides, dump_config, load_config
 from pretrain.schedule import SHAPES
-from tests.dist.small_run import RECIPE, small_config
+from tests.small_run import RECIPE, small_config
 
 RECIPES = sorted(RECIPE.parent.glob("*.yaml"))
 
@@ -48,6 +48,7 @@ BROKEN = {
     "schedule.warmup_steps=20000": "do not fit into total_steps=10000",
     "precision=bf8": "precision='bf8'",
     "parallel.zero_stage=0": "set parallel.zero_stage to 1",
+    "parallel={zero_stage: 3}\nprecision=fp16": "set parallel.zero_stage to 2",
     "parallel.tensor=2": "set tensor to 1",
     "parallel.sequence=2": "set sequence to 1",
     "parallel.expert=2": "set expert to 1",
@@ -71,7 +72,7 @@ BROKEN = {
 @pytest.mark.parametrize("override", BROKEN)
 def test_a_broken_override_says_what_is_wrong(override: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        load_config(RECIPE, [override])
+        load_config(RECIPE, override.splitlines())
     assert BROKEN[override] in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -110,7 +111,7 @@ def test_the_batch_divides_over_ranks(world: int, fits: bool) -> None:
 
 
 def test_a_ramp_divides_too() -> None:
-    with pytest.raises(ValueError, match="global_batch_size=6"):
+    with pytest.raises(ValueError, match="batch.ramp: size=6 is not a multiple"):
         check_layout(small_config("batch.ramp=[[100, 6]]"), 2)
 
 

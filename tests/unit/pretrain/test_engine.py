@@ -7,7 +7,7 @@ import torch
 
 from pretrain.engine import StepStats, agree, build_decoder
 from pretrain.engine_torch import TorchEngine
-from tests.dist.small_run import rank_batches, small_config
+from tests.small_run import rank_batches, small_config
 
 CPU = torch.device("cpu")
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")

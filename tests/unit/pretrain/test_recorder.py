@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from pretrain.progress import StepProgress
-from pretrain.recorder import RunRecorder, read_events
-from pretrain.run_dir import RunDir, event_line
+from pretrain.recorder import RunRecorder
+from pretrain.run_dir import RunDir, event_line, open_events, read_events
 
 STEP = {
     "loss": 0.1 + 0.2,
@@ -34,6 +34,15 @@ def test_events_keep_every_digit_and_a_torn_line_is_left_out(tmp_path: Path) -> 
     (step,) = read_events(tmp_path / "events.jsonl", "step")
     assert (step["loss"], step["grad_norm"]) == (0.1 + 0.2, 1 / 3)
     assert [event["type"] for event in read_events(tmp_path / "events.jsonl")] == ["step", "evaluation"]
+
+
+def test_a_torn_line_takes_no_other_along(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for kind in ("a", "b"):
+        with open_events(run) as events:
+            events.write(event_line(kind, {}))
+            events.write('{"type": "torn')
+    assert [event["type"] for event in read_events(run.events_path)] == ["a", "b"]
 
 
 def shown(terminal: bool, **lengths: int | None) -> str:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from pretrain.schedule import batch_plan, batch_size_at, finished, learning_rate
-from tests.dist.small_run import small_config
+from tests.small_run import small_config
 
 
 def rates(*overrides: str, steps: int = 100) -> list[float]:

@@ -1,0 +1,59 @@
+"""Running cases on real ranks: one set of processes for all the cases of a test module, since ranks are dear to start.
+
+A module of cases defines `CASES: dict[str, Callable[[], Any]]`, called in order on every rank; rank 0's return values
+come back as JSON. A case that raises is reported under its own name, and ends the ranks.
+"""
+
+import importlib
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_cases(module: str, nproc: int, folder: Path) -> dict[str, Any]:
+    """Results of every case by name, from `nproc` gloo ranks."""
+    from launch.ranks import RanksError, run_ranks
+
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = str(ROOT)
+    results = folder / "results.jsonl"
+    try:
+        run_ranks("tests.dist.harness", [module, str(results)], nproc)
+    except RanksError:
+        errors = "\n".join(path.read_text() for path in folder.glob("results.jsonl.rank*"))
+        raise AssertionError(f"{module} failed on {nproc} ranks:\n{errors}") from None
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return dict(json.loads(line) for line in results.read_text().splitlines())
+
+
+def main() -> None:
+    """One rank."""
+    import torch.distributed as dist
+
+    from pretrain.device import detect, init_process_group
+
+    module, results = sys.argv[1], Path(sys.argv[2])
+    os.environ["CASE_FOLDER"] = str(results.parent)
+    init_process_group(detect())
+    name = "import"
+    try:
+        for name, case in importlib.import_module(module).CASES.items():
+            value = case()
+            if dist.get_rank() == 0:
+                with open(results, "a") as file:
+                    file.write(json.dumps([name, value]) + "\n")
+    except BaseException:
+        Path(f"{results}.rank{dist.get_rank()}").write_text(f"case {name}\n{traceback.format_exc()}")
+        raise
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

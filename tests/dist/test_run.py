@@ -1,0 +1,231 @@
+"""A run from the command line: trains, stops, dies, resumes, and is the same run."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pretrain.checkpoint import list_checkpoints, newest_checkpoint, read_index, read_weights
+from pretrain.recorder import STEP_SCALARS
+from pretrain.run_dir import RunDir, read_events
+from tests.conftest import Corpus, Steppe, command, environment
+
+pytestmark = pytest.mark.slow
+EXACT = ("step", "loss", "grad_norm", "lr", "tokens", "position")
+
+
+def curve(run: Path) -> list[tuple[Any, ...]]:
+    """What must repeat in every digit; of a step made twice, the later one."""
+    steps = {event["step"]: event for event in read_events(RunDir(run).events_path, "step")}
+    return [tuple(steps[step][key] for key in EXACT) for step in sorted(steps)]
+
+
+def weights(run: Path) -> str:
+    """A digest of the newest checkpoint's weights."""
+    newest = newest_checkpoint(RunDir(run).checkpoints)
+    assert newest is not None
+    return hashlib.sha256(b"".join(w.numpy().tobytes() for w in read_weights(newest).values())).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(steppe: Steppe, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps on 2 ranks in bf16, ZeRO 1."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    steppe("train", "58m", "--nproc", 2, "--run-dir", run, *corpus.settings())
+    return run
+
+
+def test_a_run_is_a_folder(undisturbed: Path, corpus: Corpus) -> None:
+    names = {path.name for path in undisturbed.iterdir()}
+    assert names >= {
+        *("config.yaml", "environment.json", "data.json", "events.jsonl", "outcome.json"),
+        *("tokenizer.model", "checkpoints", "tensorboard", "logs"),
+    }
+    outcome = json.loads((undisturbed / "outcome.json").read_text())
+    assert outcome == {"status": "done", "exit_code": 0, "step": 12, "message": "step 12: the run is complete"}
+    recorded = json.loads((undisturbed / "environment.json").read_text())
+    assert recorded["packages"]["torch"].startswith("2.13.0")
+    assert recorded["ranks"] == 2
+    assert [path.name for path in list_checkpoints(undisturbed / "checkpoints")] == ["step_00000008", "step_00000012"]
+    assert (undisturbed / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+    assert not list((undisturbed / "checkpoints").glob("*.tmp"))
+
+
+def test_events_and_tensorboard_agree(undisturbed: Path) -> None:
+    events = read_events(undisturbed / "events.jsonl", "step")
+    assert [event["step"] for event in events] == list(range(1, 13))
+    assert events[-1]["tokens"] == 12 * 8 * 32
+    assert 0 < events[-1]["mfu"] < 1
+    board = EventAccumulator(str(undisturbed / "tensorboard"))
+    board.Reload()
+    for key, name in STEP_SCALARS.items():
+        shown = [scalar.value for scalar in board.Scalars(name)]
+        assert shown == pytest.approx([event[key] for event in events], rel=1e-6), name
+    validation = read_events(undisturbed / "events.jsonl", "evaluation")
+    assert [event["step"] for event in validation] == [6, 12]
+    assert len(board.Scalars("validation/held-out_loss_nats_per_token")) == 2
+
+
+def test_it_learns(undisturbed: Path) -> None:
+    losses = [event["loss"] for event in read_events(undisturbed / "events.jsonl", "step")]
+    assert losses[0] == pytest.approx(6.4, abs=0.3)  # ln 600
+    assert losses[-1] < losses[0] - 1
+
+
+def test_stop_after_then_resume_is_exact(undisturbed: Path, steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = steppe("train", "58m", "--nproc", 2, "--run-dir", run, *corpus.settings(), "--stop-after", 5)
+    assert "step 5: stopped early" in done.stderr
+    assert len(curve(run)) == 5
+    done = steppe("resume", run)
+    assert "resumes after step 5" in done.stderr
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
+    done = steppe("resume", run)
+    assert "step 12: the run has come that far already" in done.stderr
+
+
+@pytest.fixture
+def started(corpus: Corpus, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A run of 12 steps on 2 ranks under way, past step 5."""
+    words = ("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *corpus.settings())
+    # Slow steps would be better still, but a signal lands where it lands: the tests ask only that it came mid-run.
+    process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, env=environment())
+    events = tmp_path / "run" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (events.exists() and events.read_text().count('"step", ') >= 5):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.005)
+    yield process
+    for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
+        child.kill()
+    process.kill()
+    process.wait()
+
+
+def test_sigkill_of_everything_then_resume_is_exact(
+    started: "subprocess.Popen[str]", undisturbed: Path, steppe: Steppe, tmp_path: Path
+) -> None:
+    for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
+        process.kill()
+    started.wait()
+    run = tmp_path / "run"
+    assert 5 <= len(curve(run)) < 12
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    steppe("resume", run)
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_finishes_the_step_checkpoints_and_exits_75(
+    started: "subprocess.Popen[str]", undisturbed: Path, steppe: Steppe, tmp_path: Path, number: signal.Signals
+) -> None:
+    started.send_signal(number)
+    _, said = started.communicate(timeout=60)
+    run = tmp_path / "run"
+    steps = len(curve(run))
+    assert started.returncode == 75, said
+    assert f"step {steps}: stopped on request, checkpointed; go on with: steppe resume" in said
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    assert read_index(newest).step == steps < 12
+    steppe("resume", run)
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+
+def test_sigkill_of_one_rank_is_named_and_resumes_exactly(
+    started: "subprocess.Popen[str]", undisturbed: Path, steppe: Steppe, tmp_path: Path
+) -> None:
+    (rank,) = [
+        process
+        for process in psutil.Process(started.pid).children(recursive=True)
+        if process.environ().get("RANK") == "1"
+    ]
+    rank.kill()
+    _, said = started.communicate(timeout=90)
+    assert started.returncode == 1
+    assert "steppe: rank 1 was killed by SIGKILL" in said.splitlines()[-1]
+    steppe("resume", tmp_path / "run")
+    assert curve(tmp_path / "run") == curve(undisturbed)
+
+
+def test_the_launchers_death_stops_the_ranks(started: "subprocess.Popen[str]", tmp_path: Path) -> None:
+    ranks = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert read_index(newest).step == len(curve(tmp_path / "run"))
+
+
+def test_resume_on_another_layout_changes_nothing_but_rounding(steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:
+    """fp32: 2 ranks under ZeRO 1, then 1 rank under ZeRO 3 with other micro-batches; and all on 1 rank."""
+    settings = corpus.settings("precision=fp32")
+    steppe("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "a", *settings, "--stop-after", 6)
+    steppe(
+        "resume", tmp_path / "a", "--nproc", 1, "--set", "parallel.zero_stage=3", "--set", "batch.micro_batch_size=4"
+    )
+    steppe("train", "58m", "--nproc", 1, "--run-dir", tmp_path / "b", *settings)
+    torch.testing.assert_close(
+        torch.tensor(curve(tmp_path / "a"), dtype=torch.float64),
+        torch.tensor(curve(tmp_path / "b"), dtype=torch.float64),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_what_a_resume_may_change(steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    steppe("train", "58m", "--run-dir", run, *corpus.settings(), "--stop-after", 2)
+    before = (run / "config.yaml").read_text()
+    assert "set the fields themselves" in steppe("resume", run, "--set", "model.preset=58m", code=2).stderr
+    refused = steppe("resume", run, "--set", "seed=5", code=2)
+    assert "seed was 0 and would become 5" in refused.stderr
+    assert "--allow seed" in refused.stderr
+    assert (run / "config.yaml").read_text() == before
+    # Recorded: a learning rate, and a second source, which is a stage of the mixture from position 16 on.
+    sources = f"data.sources=[{{name: code, path: '{corpus.train}'}}, {{name: more, path: '{corpus.held_out}'}}]"
+    steppe("resume", run, "--set", "optimizer.lr=5e-3", "--set", sources, "--stop-after", 4)
+    (resumed,) = read_events(run / "events.jsonl", "resume")
+    assert resumed["changes"]["optimizer.lr"] == [0.01, 0.005]
+    assert read_events(run / "events.jsonl", "stage")[-1]["position"] == 16
+    newest = newest_checkpoint(run / "checkpoints")
+    assert newest is not None
+    assert [stage["start"] for stage in read_index(newest).trainer["stages"]] == [0, 16]
+    # And back to one source; the first one's consumption goes on where it was.
+    steppe("resume", run, "--set", f"data.sources=[{{name: code, path: '{corpus.train}'}}]", "--stop-after", 6)
+    assert read_events(run / "events.jsonl", "stage")[-1]["position"] == 32
+    # A source that was left out may come back only as it was.
+    other = f"data.sources=[{{name: more, path: '{corpus.train}'}}]"
+    assert "data source more is not what" in steppe("resume", run, "--set", other, code=2).stderr
+    # Other bytes under a known name are refused.
+    swapped = f"data.sources=[{{name: code, path: '{corpus.held_out}'}}]"
+    assert "--allow manifest" in steppe("resume", run, "--set", swapped, code=2).stderr
+
+
+def test_a_torn_checkpoint_is_passed_over(steppe: Steppe, corpus: Corpus, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    torn = run / "checkpoints" / "step_00000012" / "rank-00001.safetensors"
+    os.truncate(torn, torn.stat().st_size - 1)
+    done = steppe("resume", run)
+    assert "resumes after step 8" in done.stderr
+    assert "rank-00001.safetensors has" in done.stderr
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
