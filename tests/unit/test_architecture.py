@@ -75,3 +75,16 @@ def test_help_imports_no_torch_and_no_numpy() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert "resume" in done.stdout
+
+
+def test_pytest_collects_every_test_file() -> None:
+    """Neither pytest's defaults nor an ignored folder hides tests: `dist` is a name that both know."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.relative_to(ROOT).as_posix() in done.stdout
