@@ -48,6 +48,8 @@ def explain(error: Exception) -> int:
 
     code = exit_code_of(error)
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     if code == EXIT_FAILED and not isinstance(error, OSError):
         text = f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
     print(f"steppe: {text}", file=sys.stderr)

@@ -171,14 +171,13 @@ def run_demo(folder: Path, steps: int, nproc: int) -> None:
     table.add_row("all", str(folder), f"{sum(seconds for *_, seconds in rows):.0f}")
     out = Console()
     out.print(table)
-    out.print("Look at the curves:   ", f"tensorboard --logdir {demo.run_dir / 'tensorboard'}", soft_wrap=True)
-    out.print(
-        "Try the model:        ",
-        f"steppe generate {demo.run_dir} --prompt 'import os' --temperature 0.8",
-        soft_wrap=True,
-    )
-    out.print("Score any text:       ", f"steppe eval {demo.run_dir} --data FILE_OR_FOLDER", soft_wrap=True)
-    out.print(
-        "Train longer:         ", f"steppe resume {demo.run_dir} --set schedule.total_steps={2 * steps}", soft_wrap=True
-    )
-    out.print('A run of your own:     the five commands under "Your own run" in the README', soft_wrap=True)
+    folder_of_commands = Path(sys.executable).parent
+    steppe = "steppe" if shutil.which("steppe") else folder_of_commands / "steppe"
+    for purpose, command in (
+        ("Look at the curves", f"{folder_of_commands / 'tensorboard'} --logdir {demo.run_dir / 'tensorboard'}"),
+        ("Try the model", f"{steppe} generate {demo.run_dir} --prompt 'import os' --temperature 0.8"),
+        ("Score any text", f"{steppe} eval {demo.run_dir} --data FILE_OR_FOLDER"),
+        ("Train longer", f"{steppe} resume {demo.run_dir} --set schedule.total_steps={2 * steps}"),
+        ("A run of your own", 'the five commands under "Your own run" in the README'),
+    ):
+        out.print(f"{purpose + ':':20}{command}", soft_wrap=True, markup=False, highlight=False)

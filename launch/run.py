@@ -2,6 +2,7 @@
 
 import fcntl
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
-from pretrain.config import RunConfig, changes, check_layout, check_resume
+from pretrain.config import RunConfig, changes, check_allowed, check_layout, check_resume
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
 from pretrain.run_dir import RunDir, event_line, open_events, read_events, read_json, write_json
@@ -64,6 +65,7 @@ def resume(
     new = with_absolute_paths(validated(tree))
     ranks = nproc if nproc is not None else ranks_before(run)
     differences = changes(old, new)
+    check_allowed(allowed)
     check_resume(differences, allowed)
     check_ranks(new, ranks)
     check_stop_after(stop_after)
@@ -73,6 +75,8 @@ def resume(
     # A source that is left out now may come back, and must then be what it was.
     data["manifests"] = known["manifests"] | data["manifests"]
     with locked(run):
+        for key, (before, after) in differences.items():
+            print(f"{key}: {before} becomes {after}", file=sys.stderr)
         if differences:
             dump_config(new, run.config_path)
             with open_events(run) as events:
@@ -95,6 +99,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
     """Start the ranks and read how they ended."""
     run.logs.mkdir(exist_ok=True)
+    print(f"starting {nproc} rank{'s' * (nproc > 1)}", file=sys.stderr)
     for stale in (run.outcome_path, *run.logs.glob("*.error.json")):
         stale.unlink(missing_ok=True)
     args = [str(run.path), *([] if stop_after is None else ["--stop-after", str(stop_after)])]

@@ -84,7 +84,7 @@ class ScheduleConfig(Section):
         if strays:
             raise ValueError(
                 f"{strays[0]}_{other} does not go with total_{unit}: give every length in the same unit, "
-                f"{strays[0]}_{unit} here"
+                f"{strays[0]}_{unit} here, and take the other away with {strays[0]}_{other}: null"
             )
         if self.total is None:
             raise ValueError("total_steps is missing: give total_steps or total_tokens")
@@ -275,6 +275,14 @@ def changes(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
     return {
         key: (before.get(key), after.get(key)) for key in sorted(before | after) if before.get(key) != after.get(key)
     }
+
+
+def check_allowed(allowed: list[str]) -> None:
+    """Raise ValueError for an `--allow KEY` that names nothing a resume refuses."""
+    refused = {"tokenizer", "manifest"} | {key for key, policy in RESUME_POLICY.items() if policy == "refused"}
+    for key in allowed:
+        if not any(key == known or key.startswith(known + ".") for known in refused):
+            raise ValueError(f"--allow {key}: nothing of that name is refused; what is: {', '.join(sorted(refused))}")
 
 
 def check_resume(differences: dict[str, tuple[Any, Any]], allowed: list[str]) -> None:

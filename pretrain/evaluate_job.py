@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_pipeline.corpus import COMPRESSION_SUFFIXES, Document, Rejected, corpus_bytes, read_documents
+from data_pipeline.manifest import MANIFEST_NAME
 from pretrain.device import detect, init_process_group, new_cpu_group
 from pretrain.engine import DTYPES
 from pretrain.evaluate import Evaluation, Score, Windowing, score
@@ -75,6 +76,8 @@ def documents_of(path: str, text_field: str) -> Iterator[Document]:
             where = f"{record.path}:{record.line}" if record.line else record.path
             raise ValueError(f"{where}: {record.reason}; repair or remove it, a measurement leaves nothing out")
 
+    if (Path(path) / MANIFEST_NAME).is_file():
+        raise ValueError(f"{path} is a folder of token shards: name the text that it was made from")
     return read_documents([path], text_field, on_bad=refuse)
 
 

@@ -26,16 +26,18 @@ class Outcome:
         return cls(**read_json(run_dir.outcome_path))
 
 
+MISTAKEN_PATHS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 OURS = {"launch", "pretrain", "model", "data_pipeline"}
 
 
 def exit_code_of(error: BaseException) -> int:
     """2 where the user's input is at fault and a retry would not help, 1 for everything else.
 
-    The user's mistake is one that our own code found: a ValueError raised inside a library is a fault of ours.
+    A wrong path is the user's wherever it is met; a ValueError only if our own code raised it, for one from inside a
+    library is a fault of ours.
     """
-    mistake = isinstance(error, ValueError | FileNotFoundError | FileExistsError)
-    return EXIT_WRONG_INPUT if mistake and _raised_in(error) in OURS else EXIT_FAILED
+    mistake = isinstance(error, MISTAKEN_PATHS) or (isinstance(error, ValueError) and _raised_in(error) in OURS)
+    return EXIT_WRONG_INPUT if mistake else EXIT_FAILED
 
 
 def _raised_in(error: BaseException) -> str:

@@ -65,7 +65,7 @@ def validated(tree: dict[str, Any]) -> RunConfig:
 
 def _worded(tree: dict[str, Any], entry: Any) -> str:
     """One pydantic error as `key=value: rule; remedy`."""
-    parts = [str(part) for part in entry["loc"]]
+    parts = _named_parts(tree, [str(part) for part in entry["loc"]])
     key = ".".join(parts)
     if entry["type"] == "extra_forbidden":
         known = _keys_of_section(parts[:-1])
@@ -81,6 +81,20 @@ def _worded(tree: dict[str, Any], entry: Any) -> str:
     if entry["type"] == "value_error":
         return f"{key}: {message}" if key else message
     return f"{key}={entry['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _named_parts(tree: Any, location: list[str]) -> list[str]:
+    """A pydantic location without the tags of unions, which nobody wrote (`model.rope_scaling.linear.factor`)."""
+    parts = []
+    for index, part in enumerate(location):
+        if isinstance(tree, dict) and part not in tree and index + 1 < len(location):
+            continue
+        parts.append(part)
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        elif isinstance(tree, list):
+            tree = tree[int(part)]
+    return parts
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:

@@ -174,7 +174,7 @@ class Meter:
             dist.all_reduce(total)
         self.peak = float(total)
         self.flops_per_token = flops_per_token(self.config.model, self.config.data.sequence_length)
-        say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s for {self.dims.data_world} ranks ({source})"
+        say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s in all ({source})"
         figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": self.flops_per_token}
         self.recorder.event("peak", say, **figures)
         self.data_seconds = self.started = 0.0

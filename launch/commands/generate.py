@@ -35,8 +35,11 @@ def generate(
 def _prompt(prompt: str | None, file: Path | None) -> str:
     if (prompt is None) == (file is None):
         raise ValueError("give the prompt either by --prompt TEXT or by --prompt-file FILE")
-    if file is None:
-        return prompt or ""
+    if prompt is not None:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError("--prompt is not valid UTF-8: check the terminal's encoding, or use --prompt-file")
+        return prompt
+    assert file is not None
     if not file.is_file():
         raise ValueError(f"--prompt-file {file} does not exist: check the path")
     try:

@@ -1,6 +1,7 @@
 """What is found out before ranks start, and what is said when they fail."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,8 +9,8 @@ import pytest
 
 from launch.ranks import RanksError, StoppedError, culprit
 from launch.run import check_same_data, failure, locked, recipe_path
-from pretrain.outcome import Outcome
-from pretrain.run_dir import RunDir
+from pretrain.outcome import Outcome, exit_code_of
+from pretrain.run_dir import RunDir, read_json
 
 
 @pytest.fixture
@@ -84,6 +85,22 @@ def test_a_resumed_run_reads_the_same_data() -> None:
     with pytest.raises(ValueError, match="data source b is not what this run has read.*--allow manifest"):
         check_same_data(old, {"tokenizer": "t1", "manifests": {"b": "m3"}}, ["tokenizer"])
     check_same_data(old, {"tokenizer": "t2", "manifests": {"b": "m3"}}, ["tokenizer", "manifest"])
+
+
+def test_whose_fault_it_is(tmp_path: Path) -> None:
+    """A ValueError of our own code is the user's mistake; one raised inside a library is not."""
+
+    def code_of(act: Callable[[], object]) -> int:
+        try:
+            act()
+        except Exception as error:
+            return exit_code_of(error)
+        raise AssertionError
+
+    assert code_of(lambda: recipe_path("none")) == 2
+    assert code_of(lambda: read_json(tmp_path / "none.json")) == 2
+    assert code_of(lambda: json.loads("{")) == 1
+    assert code_of(lambda: read_json(tmp_path)) == 2  # a folder where a file should be
 
 
 def test_an_outcome_survives_its_file(run: RunDir) -> None:

@@ -11,6 +11,7 @@ from pretrain.config import (
     RunConfig,
     ScheduleConfig,
     changes,
+    check_allowed,
     check_layout,
     check_resume,
     flat,
@@ -62,6 +63,8 @@ BROKEN = {
     "evaluation.sources=[{name: a, path: x}, {name: a, path: y}]": "names must be unique",
     "name=../up": "name='../up'",
     "seed=-1": "seed=-1",
+    "model.rope_scaling={type: linear}": "with --set model.rope_scaling.factor=VALUE",
+    "schedule={total_tokens: 9, warmup_tokens: 1, total_steps: null}": "with warmup_steps: null",
     "model={hidden_size: 100}": "hidden_size 100 is not divisible by num_heads 8",
     "lr": "expected KEY=VALUE",
     "a..b=1": "expected KEY=VALUE",
@@ -146,6 +149,13 @@ def test_what_a_resume_may_change(override: str, policy: str) -> None:
         check_resume(differences, ["data.sources"])
     check_resume(differences, [key])
     check_resume(differences, [key.split(".")[0]])
+
+
+def test_only_what_is_refused_can_be_allowed() -> None:
+    check_allowed(["seed", "model.rope_theta", "tokenizer", "manifest", "data.sequence_length"])
+    for key in ("seeed", "optimizer.lr", "all"):
+        with pytest.raises(ValueError, match=f"--allow {key}: nothing of that name is refused"):
+            check_allowed([key])
 
 
 def test_registries_and_literals_agree() -> None:
