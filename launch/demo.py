@@ -117,7 +117,7 @@ class Demo:
 
     def generate(self) -> tuple[str, None]:
         result = self.steppe("generate", self.run_dir, "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
-        self.console.print(PROMPT + result["text"], markup=False)
+        self.console.print(PROMPT + result["text"], markup=False, soft_wrap=True)
         return f"{len(result['text'].splitlines())} lines of code after a prompt of {len(PROMPT.splitlines())}", None
 
     @property

@@ -167,7 +167,8 @@ def check_data(config: RunConfig) -> dict[str, Any]:
     Returns the fingerprints that the run records.
     """
     manifests = {}
-    for source in (*config.data.sources, *config.evaluation.sources):
+    held_out = config.evaluation.sources if config.evaluation.every_steps else ()
+    for source in (*config.data.sources, *held_out):
         manifests[source.path] = manifest = Manifest.load(source.path)
         if manifest.vocab_size > config.model.vocab_size:
             raise ValueError(

@@ -57,6 +57,13 @@ def test_an_unknown_recipe_and_a_run_that_is_none(steppe: Steppe, tmp_path: Path
     assert "is not a run" in one_line(steppe("resume", tmp_path, code=2).stderr)
 
 
+def test_held_out_data_is_needed_only_where_it_is_asked_for(steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:
+    settings = corpus.settings("evaluation.sources=[{name: none, path: nowhere}]")
+    run = ("train", "58m", "--run-dir", tmp_path / "run", *settings, "--stop-after", 1)
+    assert "nowhere" in one_line(steppe(*run, code=2).stderr)
+    steppe(*run, "--set", "evaluation.every_steps=0")
+
+
 def test_numbers_out_of_range(steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:
     run = ("train", "58m", "--run-dir", tmp_path / "run", *corpus.settings())
     assert "--nproc 0" in one_line(steppe(*run, "--nproc", 0, code=2).stderr)
