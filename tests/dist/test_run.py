@@ -96,17 +96,23 @@ def test_stop_after_then_resume_is_exact(undisturbed: Path, steppe: Steppe, corp
     assert "step 12: the run has come that far already" in done.stderr
 
 
+def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
+    """The ranks under a launcher."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
 @pytest.fixture
 def started(corpus: Corpus, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A run of 12 steps on 2 ranks under way, past step 5."""
+    """A run of 12 steps on 2 ranks under way, past step 5, its ranks stopped (SIGSTOP) so that it stays there."""
     words = ("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *corpus.settings())
-    # Slow steps would be better still, but a signal lands where it lands: the tests ask only that it came mid-run.
     process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, env=environment())
     events = tmp_path / "run" / "events.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (events.exists() and events.read_text().count('"step", ') >= 5):
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.005)
+    for rank in ranks_of(process):
+        rank.suspend()
     yield process
     for child in [*psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []:
         child.kill()
@@ -133,7 +139,11 @@ def test_sigkill_of_everything_then_resume_is_exact(
 def test_a_signal_finishes_the_step_checkpoints_and_exits_75(
     started: "subprocess.Popen[str]", undisturbed: Path, steppe: Steppe, tmp_path: Path, number: signal.Signals
 ) -> None:
+    ranks = ranks_of(started)
     started.send_signal(number)
+    time.sleep(2)  # the launcher passes it on; the ranks find it pending
+    for rank in ranks:
+        rank.resume()
     _, said = started.communicate(timeout=60)
     run = tmp_path / "run"
     steps = len(curve(run))
@@ -155,7 +165,10 @@ def test_sigkill_of_one_rank_is_named_and_resumes_exactly(
         for process in psutil.Process(started.pid).children(recursive=True)
         if process.environ().get("RANK") == "1"
     ]
+    others = [process for process in ranks_of(started) if process != rank]
     rank.kill()
+    for other in others:
+        other.resume()
     _, said = started.communicate(timeout=90)
     assert started.returncode == 1
     assert "steppe: rank 1 was killed by SIGKILL" in said.splitlines()[-1]
@@ -164,9 +177,11 @@ def test_sigkill_of_one_rank_is_named_and_resumes_exactly(
 
 
 def test_the_launchers_death_stops_the_ranks(started: "subprocess.Popen[str]", tmp_path: Path) -> None:
-    ranks = psutil.Process(started.pid).children(recursive=True)
+    ranks = ranks_of(started)
     started.kill()
     started.wait()
+    for rank in ranks:
+        rank.resume()
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
