@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,27 +37,25 @@ class Demo:
 
     def run(self) -> list[tuple[str, str, float]]:
         """Every stage in turn; rows of (stage, what came of it, seconds)."""
-        rows: list[tuple[str, str, float]] = []
-
-        def stage(name: str, act: Any) -> Any:
+        stages: dict[str, Callable[[], str]] = {
+            "text": self.collect_text,
+            "tokenizer": self.train_tokenizer,
+            "shards": self.prepare,
+            "train": self.train,
+            "resume": self.resume,
+            "evaluate": self.evaluate,
+            "generate": self.generate,
+        }
+        rows = []
+        for name, act in stages.items():
             self.console.rule(f"[bold]{name}", align="left")
             started = time.monotonic()
-            said, value = act()
-            rows.append((name, said, time.monotonic() - started))
-            return value
-
-        stage("text", self.collect_text)
-        stage("tokenizer", self.train_tokenizer)
-        stage("shards", self.prepare)
-        stage("train", self.train)
-        stage("resume", self.resume)
-        stage("evaluate", self.evaluate)
-        stage("generate", self.generate)
+            rows.append((name, act(), time.monotonic() - started))
         return rows
 
-    # Each stage returns (a line for the table, a value).
+    # Each stage returns its line for the table.
 
-    def collect_text(self) -> tuple[str, None]:
+    def collect_text(self) -> str:
         library = Path(sysconfig.get_paths()["stdlib"])
         counts, size = {"train": 0, "held_out": 0}, 0
         for source in sorted(library.rglob("*.py")):
@@ -73,23 +72,23 @@ class Demo:
             raise ValueError(f"{library} holds no standard library sources: run the demo with a Python that has them")
         said = f"{size / 1e6:.1f} MB of {library.name} sources: {counts['train']} files, {counts['held_out']} held out"
         self.console.print(said)
-        return said, None
+        return said
 
-    def train_tokenizer(self) -> tuple[str, None]:
+    def train_tokenizer(self) -> str:
         out = self.folder / "tokenizer.model"
         text = self.folder / "text" / "train"
         self.steppe("data", "train-tokenizer", "--input", text, "--vocab-size", "8192", "--out", out)
-        return f"8,192 pieces, {out}", None
+        return f"8,192 pieces, {out}"
 
-    def prepare(self) -> tuple[str, None]:
+    def prepare(self) -> str:
         told = []
         for part in ("train", "held_out"):
             words = ("--tokenizer", self.folder / "tokenizer.model", "--out", self.folder / "data" / part)
             manifest = self.steppe("data", "prepare", "--input", self.folder / "text" / part, *words, "--json")
             told.append(f"{manifest['tokens']:,} tokens {part.replace('_', ' ')}")
-        return ", ".join(told), None
+        return ", ".join(told)
 
-    def train(self) -> tuple[str, None]:
+    def train(self) -> str:
         sources = f"data.sources=[{{name: stdlib, path: '{self.folder / 'data' / 'train'}'}}]"
         held_out = f"evaluation.sources=[{{name: held-out, path: '{self.folder / 'data' / 'held_out'}'}}]"
         # Lengths and cadence as the recipe's, in proportion, should a shorter demo be asked for.
@@ -98,27 +97,27 @@ class Demo:
         cadence = ["--set", f"checkpoint.every_steps={half}", "--set", f"evaluation.every_steps={half}"]
         settings = ["--set", sources, "--set", held_out, "--set", schedule, *cadence]
         self.steppe("train", "demo", "--nproc", self.nproc, "--run-dir", self.run_dir, *settings, "--stop-after", half)
-        return f"{half} of {self.steps} steps on {self.nproc} ranks, loss {self.last_step()['loss']:.3f}", None
+        return f"{half} of {self.steps} steps on {self.nproc} ranks, loss {self.last_step()['loss']:.3f}"
 
-    def resume(self) -> tuple[str, None]:
+    def resume(self) -> str:
         self.steppe("resume", self.run_dir)
         last = self.last_step()
         speed = f"{last['tokens_per_second']:,.0f} tokens/s, MFU {last['mfu']:.0%}"
-        return f"to step {last['step']}, loss {last['loss']:.3f}, {speed}", None
+        return f"to step {last['step']}, loss {last['loss']:.3f}, {speed}"
 
-    def evaluate(self) -> tuple[str, None]:
+    def evaluate(self) -> str:
         result = self.steppe("eval", self.run_dir, "--data", f"held-out={self.folder / 'text' / 'held_out'}", "--json")
         said = (
             f"perplexity {result['perplexity']:.2f}, {result['bits_per_byte']:.3f} bits per byte on "
             f"{result['bytes'] / 1e6:.2f} MB that it never saw"
         )
         self.console.print(said)
-        return said, None
+        return said
 
-    def generate(self) -> tuple[str, None]:
+    def generate(self) -> str:
         result = self.steppe("generate", self.run_dir, "--prompt", PROMPT, "--max-new-tokens", "48", "--json")
         self.console.print(PROMPT + result["text"], markup=False, soft_wrap=True)
-        return f"{len(result['text'].splitlines())} lines of code after a prompt of {len(PROMPT.splitlines())}", None
+        return f"{len(result['text'].splitlines())} lines of code after a prompt of {len(PROMPT.splitlines())}"
 
     @property
     def run_dir(self) -> Path:

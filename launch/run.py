@@ -34,13 +34,14 @@ def recipe_path(recipe: str) -> Path:
     raise ValueError(f"{recipe}: no such file, and no recipe of that name; recipes are {names}")
 
 
-def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_after: int | None) -> Outcome:
+def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, stop_after: int | None) -> Outcome:
     """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
     config = with_absolute_paths(load_config(recipe_path(recipe), overrides))
     run = RunDir(run_dir.resolve())
     if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
         raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
-    check_ranks(config, nproc)
+    ranks = nproc if nproc is not None else default_ranks(run)
+    check_ranks(config, ranks)
     check_stop_after(stop_after)
     data = check_data(config)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -48,7 +49,7 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int, stop_aft
         write_json(run.data_path, data)
         shutil.copyfile(Path(config.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
         dump_config(config, run.config_path)  # last: with it, the folder is a run
-        return attempt(run, nproc, stop_after)
+        return attempt(run, ranks, stop_after)
 
 
 def resume(
@@ -63,7 +64,7 @@ def resume(
     if "preset" in tree["model"]:
         raise ValueError("model.preset: a resumed run has every field of its model already; set the fields themselves")
     new = with_absolute_paths(validated(tree))
-    ranks = nproc if nproc is not None else ranks_before(run)
+    ranks = nproc if nproc is not None else default_ranks(run)
     differences = changes(old, new)
     check_allowed(allowed)
     check_resume(differences, allowed)
@@ -137,8 +138,8 @@ def last_step(run: RunDir) -> int:
     return steps[-1]["step"] if steps else 0
 
 
-def ranks_before(run: RunDir) -> int:
-    """As many ranks as the last attempt had; the default if none came so far as to say."""
+def default_ranks(run: RunDir) -> int:
+    """As many ranks as the last attempt had; if none came so far as to say, one a GPU, one where there is none."""
     if run.environment_path.is_file():
         return read_json(run.environment_path)["ranks"]
     from pretrain.device import device_count

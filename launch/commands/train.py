@@ -28,7 +28,7 @@ def train(
     from launch.run import start
 
     folder = run_dir or Path("runs") / Path(recipe).stem
-    report(start(recipe, overrides, folder, nproc if nproc is not None else default_ranks(), stop_after), folder)
+    report(start(recipe, overrides, folder, nproc, stop_after), folder)
 
 
 def resume(
@@ -42,13 +42,6 @@ def resume(
     from launch.run import resume as go_on
 
     report(go_on(run_dir, overrides, allow, nproc, stop_after), run_dir)
-
-
-def default_ranks() -> int:
-    """One rank a GPU, one where there is none."""
-    from pretrain.device import device_count
-
-    return device_count()
 
 
 def report(outcome: "Outcome", run_dir: Path) -> None:
