@@ -15,7 +15,8 @@ from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
-from pretrain.config import RunConfig, changes, check_allowed, check_layout, check_resume
+from pretrain.config import RunConfig, changes, check_allowed, check_resume
+from pretrain.layout import check_layout
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
 from pretrain.run_dir import RunDir, event_line, open_events, read_events, read_json, write_json

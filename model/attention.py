@@ -11,6 +11,23 @@ from model.kv_cache import LayerCache
 from model.rope import rotate
 
 
+class CausalAttention(nn.Module):
+    """softmax(q k^T / sqrt(h)) v, without parameters: a module, so that it can be given other heads from outside."""
+
+    def forward(self, q_BTHh: Tensor, k_BSKh: Tensor, v_BSKh: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q (B, T, H, h), k and v (B, S, K, h) -> (B, T, H, h); mask as in `Attention.forward`."""
+        q_BHTh, k_BKSh, v_BKSh = (x.transpose(1, 2) for x in (q_BTHh, k_BSKh, v_BSKh))
+        out_BHTh = functional.scaled_dot_product_attention(
+            q_BHTh,
+            k_BKSh,
+            v_BKSh,
+            attn_mask=mask,
+            is_causal=mask is None and q_BHTh.size(2) == k_BKSh.size(2),
+            enable_gqa=q_BHTh.size(1) != k_BKSh.size(1),
+        )
+        return out_BHTh.transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245) with RoPE, and RMSNorm on q and k if asked."""
 
@@ -26,6 +43,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps)
         self.qk_norm = config.qk_norm
+        self.core = CausalAttention()
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
@@ -40,15 +58,6 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        q_BHTh, k_BKSh, v_BKSh = (x.transpose(1, 2) for x in (q, k, v))
         if cache is not None:
-            k_BKSh, v_BKSh = cache.append(k_BKSh, v_BKSh)
-        out_BHTh = functional.scaled_dot_product_attention(
-            q_BHTh,
-            k_BKSh,
-            v_BKSh,
-            attn_mask=mask,
-            is_causal=mask is None and q_BHTh.size(2) == k_BKSh.size(2),
-            enable_gqa=q_BHTh.size(1) != k_BKSh.size(1),
-        )
-        return self.o_proj(out_BHTh.transpose(1, 2).flatten(-2))
+            k, v = cache.append(k, v)
+        return self.o_proj(self.core(q, k, v, mask).flatten(-2))

@@ -8,41 +8,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.attention import Attention
-from model.config import ModelConfig, padded_vocab_size
+from model.config import ModelConfig, has_experts, padded_vocab_size
 from model.kv_cache import KVCache, LayerCache
-from model.loss import LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+from model.loss import WHOLE, LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+from model.mlp import MLP
+from model.moe import MoE
 from model.rope import RotaryTables
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.ffn_size, bias=False)
-        self.down_proj = nn.Linear(config.ffn_size, config.hidden_size, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
-
-
 class Block(nn.Module):
-    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x)), where `mlp` may be a mixture of experts."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = MLP(config)
+        self.has_experts = has_experts(config, layer)
+        self.mlp: nn.Module = MoE(config) if self.has_experts else MLP(config.hidden_size, config.ffn_size)
 
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
-    ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the rest as `Attention.forward`."""
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> (B, T, D), and the losses of the router (scalar fp32, 0 without one); the rest as
+        `Attention.forward`."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, mask, cache)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        if self.has_experts:
+            y_BTD, auxiliary = self.mlp(normed_BTD)
+        else:
+            y_BTD, auxiliary = self.mlp(normed_BTD), x_BTD.new_zeros((), dtype=torch.float32)
+        return x_BTD + y_BTD, auxiliary
 
 
 class Head(nn.Module):
@@ -55,6 +51,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
+        self.part = WHOLE  # of the vocabulary, that the weight holds
         shape = (padded_vocab_size(config.vocab_size), config.hidden_size)
         self.register_parameter("weight", None if config.tie_embeddings else nn.Parameter(torch.empty(shape)))
 
@@ -63,7 +60,9 @@ class Head(nn.Module):
     ) -> LossSums:
         """Sums of the losses of the valid targets, see `linear_cross_entropy`."""
         weight = self._weight(tied_weight)
-        return linear_cross_entropy(hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size, z_loss)
+        return linear_cross_entropy(
+            hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size, z_loss, part=self.part
+        )
 
     def token_losses(self, hidden_BTD: Tensor, targets_BT: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each target, (B, T) fp32."""
@@ -88,7 +87,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(padded_vocab_size(config.vocab_size), config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.lm_head = Head(config)
         self.rotary = RotaryTables(config)
@@ -101,12 +100,13 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         z_loss: float = 0.0,
     ) -> LossSums:
-        """The objective of training and validation: sums over the valid targets (-100 does not count), not means.
+        """The objective of training and validation: sums over the valid targets (-100 does not count), not means; and
+        the routers' losses summed over layers and sequences.
 
         positions_BT: default 0 .. T-1. document_ids_BT: used if the config has `document_mask`.
         """
-        hidden_BTD = self.hidden(tokens_BT, positions_BT, document_ids_BT)
-        return self.lm_head(hidden_BTD, targets_BT, z_loss, self._tied_weight())
+        hidden_BTD, auxiliary = self._hidden(tokens_BT, positions_BT, document_ids_BT)
+        return self.lm_head(hidden_BTD, targets_BT, z_loss, self._tied_weight())._replace(auxiliary=auxiliary)
 
     def hidden(
         self,
@@ -119,15 +119,7 @@ class Decoder(nn.Module):
 
         cache: holds the tokens before these; positions then go on from its length, and it grows by T.
         """
-        T, past = tokens_BT.size(1), 0 if cache is None else cache.length
-        if positions_BT is None:
-            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)
-        mask = self._mask(T, past, document_ids_BT, tokens_BT.device)
-        cos, sin = self.rotary(positions_BT)
-        x_BTD = self.embed_tokens(tokens_BT)
-        for index, block in enumerate(self.layers):
-            x_BTD = block(x_BTD, cos, sin, mask, None if cache is None else cache.layers[index])
-        return self.norm(x_BTD)
+        return self._hidden(tokens_BT, positions_BT, document_ids_BT, cache)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V) fp32, without the vocabulary's padding."""
@@ -144,6 +136,26 @@ class Decoder(nn.Module):
         with torch.no_grad():
             hidden_BTD = self.hidden(tokens_BT, positions_BT, document_ids_BT)
             return self.lm_head.token_losses(hidden_BTD, targets_BT, self._tied_weight())
+
+    def _hidden(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None,
+        document_ids_BT: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As `hidden`, with the sum of the layers' auxiliary losses."""
+        T, past = tokens_BT.size(1), 0 if cache is None else cache.length
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)
+        mask = self._mask(T, past, document_ids_BT, tokens_BT.device)
+        cos, sin = self.rotary(positions_BT)
+        x_BTD = self.embed_tokens(tokens_BT)
+        auxiliary = x_BTD.new_zeros((), dtype=torch.float32)
+        for index, block in enumerate(self.layers):
+            x_BTD, of_block = block(x_BTD, cos, sin, mask, None if cache is None else cache.layers[index])
+            auxiliary = auxiliary + of_block
+        return self.norm(x_BTD), auxiliary
 
     def _tied_weight(self) -> Tensor | None:
         return self.embed_tokens.weight if self.config.tie_embeddings else None

@@ -13,13 +13,13 @@ class LayerCache:
         self.key, self.value = key, value
         self.length = 0
 
-    def append(self, key_BKTh: Tensor, value_BKTh: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new tokens' keys and values; returns those of all tokens so far, (B, K, length, h) views."""
-        start, self.length = self.length, self.length + key_BKTh.size(2)
+    def append(self, key_BTKh: Tensor, value_BTKh: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values; returns those of all tokens so far, (B, length, K, h) views."""
+        start, self.length = self.length, self.length + key_BTKh.size(1)
         assert self.length <= self.key.size(2), f"{self.length} tokens in a cache of {self.key.size(2)}"
-        self.key[:, :, start : self.length] = key_BKTh
-        self.value[:, :, start : self.length] = value_BKTh
-        return self.key[:, :, : self.length], self.value[:, :, : self.length]
+        self.key[:, :, start : self.length] = key_BTKh.transpose(1, 2)
+        self.value[:, :, start : self.length] = value_BTKh.transpose(1, 2)
+        return self.key[:, :, : self.length].transpose(1, 2), self.value[:, :, : self.length].transpose(1, 2)
 
 
 class KVCache:

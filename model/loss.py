@@ -3,6 +3,8 @@
 N tokens, C tokens of a chunk, R of a piece of it, D model width, V vocabulary (padded), logits = hidden @ weight.T.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +21,27 @@ class LossSums(NamedTuple):
 
     total: differentiable, the negative log-likelihoods plus z_loss times the squared log-partition functions.
     nll: detached, the negative log-likelihoods (nats) alone.
+    auxiliary: differentiable, a sum over sequences, not targets: the losses of routers, see `MoE`. The head has none.
     """
 
     total: Tensor
     nll: Tensor
+    auxiliary: Tensor | float = 0.0
+
+
+@dataclass(frozen=True)
+class VocabularyPart:
+    """Which rows of the vocabulary a weight holds, if others hold the rest; a weight that holds all is `WHOLE`.
+
+    start: the first row. maximum, total: from a tensor of this part's values to that of all parts, elementwise.
+    """
+
+    start: int
+    maximum: Callable[[Tensor], Tensor]
+    total: Callable[[Tensor], Tensor]
+
+
+WHOLE = VocabularyPart(0, maximum=lambda x: x, total=lambda x: x)
 
 
 def linear_cross_entropy(
@@ -32,11 +51,14 @@ def linear_cross_entropy(
     vocab_size: int,
     z_loss: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    part: VocabularyPart = WHOLE,
 ) -> LossSums:
     """Sum over tokens of the cross-entropy of softmax(hidden @ weight.T), a chunk of tokens at a time.
 
     vocab_size: columns from here on only pad, and have no probability.
     z_loss: coefficient of log(Z)^2 (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5).
+    part: if the weight holds a part of the vocabulary, then so does its gradient, and the hidden states' gradient is
+        this part's share: the sum over parts is the whole.
     A target of -100 does not count. Products run in the inputs' dtype (autocast's, if on), the softmax in fp32.
     """
     device_type = hidden_ND.device.type
@@ -47,7 +69,7 @@ def linear_cross_entropy(
         # Inside forward gradients are always off, and needs_input_grad says nothing of no_grad around it.
         with_grads = torch.is_grad_enabled()
         total, nll_N = _LinearCrossEntropy.apply(
-            hidden_ND, weight_VD, targets_N, vocab_size, z_loss, chunk_tokens, with_grads
+            hidden_ND, weight_VD, targets_N, vocab_size, z_loss, chunk_tokens, with_grads, part
         )
     return LossSums(total, nll_N.sum())
 
@@ -57,7 +79,9 @@ def linear_cross_entropy_tokens(
 ) -> Tensor:
     """Negative log-likelihood (nats) of each token, (N,) fp32, 0 where the target is -100. Not differentiable."""
     with torch.no_grad():
-        _, nll_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, vocab_size, 0.0, chunk_tokens, False)
+        _, nll_N = _LinearCrossEntropy.apply(
+            hidden_ND, weight_VD, targets_N, vocab_size, 0.0, chunk_tokens, False, WHOLE
+        )
     return nll_N
 
 
@@ -74,6 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk_tokens: int,
         with_grads: bool,
+        part: VocabularyPart,
     ) -> tuple[Tensor, Tensor]:
         N, V = len(targets_N), len(weight_VD)
         needs_hidden, needs_weight = (with_grads and needed for needed in ctx.needs_input_grad[:2])
@@ -87,8 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             logits_CV = torch.mm(hidden_ND[chunk], weight_VD.T, out=logits_buffer[: chunk.stop - start])
-            logits_CV[:, vocab_size:] = -torch.inf
-            _softmax_loss(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad)
+            logits_CV[:, max(0, vocab_size - part.start) :] = -torch.inf
+            _softmax_loss(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad, part)
             if grad_hidden_ND is not None:
                 torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
             if grad_weight_VD is not None:
@@ -109,33 +134,42 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if grad is None else (grad.float() * grad_total).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None
+        return *grads, None, None, None, None, None, None
 
 
 def _softmax_loss(
-    logits_CV: Tensor, targets_C: Tensor, z_loss: float, nll_C: Tensor, log_partition_C: Tensor, needs_grad: bool
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    z_loss: float,
+    nll_C: Tensor,
+    log_partition_C: Tensor,
+    needs_grad: bool,
+    part: VocabularyPart,
 ) -> None:
     """Fill `nll_C` and `log_partition_C` (fp32, 0 where the target does not count); with `needs_grad`, replace the
     logits by the gradient of the loss: p (1 + 2 z_loss log Z) - onehot(target), with p = softmax(logits).
 
-    Some rows at a time, so that the pass over the vocabulary stays in the processor's cache, and its fp32 copy small.
+    Some rows at a time, so that the pass over the vocabulary stays in the processor's cache, and its fp32 copy small; a
+    part of the vocabulary is smaller, and takes all rows at once, since its maxima and sums are other ranks' business.
     """
     C, V = logits_CV.shape
-    rows = max(1, SOFTMAX_ELEMENTS // V)
+    rows = max(1, SOFTMAX_ELEMENTS // V) if part is WHOLE else C
     buffer = logits_CV.new_empty((min(rows, C), V), dtype=torch.float32)
     for start in range(0, C, rows):
         piece = slice(start, min(start + rows, C))
         logits_RV, valid_R1 = logits_CV[piece], (targets_C[piece] != IGNORED_TARGET)[:, None]
-        target_R1 = targets_C[piece].clamp(min=0)[:, None]
-        max_R1 = logits_RV.amax(dim=1, keepdim=True).float()
-        target_logit_R1 = logits_RV.gather(1, target_R1).float()
+        row_R1 = targets_C[piece][:, None] - part.start
+        held_R1 = valid_R1 & (row_R1 >= 0) & (row_R1 < V)
+        row_R1 = row_R1.clamp(0, V - 1)
+        max_R1 = part.maximum(logits_RV.amax(dim=1, keepdim=True).float())
+        target_logit_R1 = logits_RV.gather(1, row_R1).float().where(held_R1, 0.0)
         p_RV = buffer[: piece.stop - start].copy_(logits_RV).sub_(max_R1).exp_()
-        partition_R1 = p_RV.sum(dim=1, keepdim=True)
+        sums_R2 = part.total(torch.cat([p_RV.sum(dim=1, keepdim=True), target_logit_R1], dim=1))
+        partition_R1, target_logit_R1 = sums_R2.split(1, dim=1)
         log_partition_R1 = (partition_R1.log() + max_R1) * valid_R1
         log_partition_C[piece] = log_partition_R1[:, 0]
-        nll_C[piece] = (log_partition_R1 - target_logit_R1 * valid_R1)[:, 0]
+        nll_C[piece] = (log_partition_R1 - target_logit_R1)[:, 0]
         if needs_grad:
             p_RV *= valid_R1 * (1 + 2 * z_loss * log_partition_R1) / partition_R1
             # The target's entry is subtracted before it is rounded to the logits' dtype.
-            target_grad_R1 = p_RV.gather(1, target_R1) - valid_R1.float()
-            logits_RV.copy_(p_RV).scatter_(1, target_R1, target_grad_R1.to(logits_RV.dtype))
+            logits_RV.copy_(p_RV.scatter_add_(1, row_R1, -held_R1.float()))

@@ -7,8 +7,10 @@ from. Loading intersects the boxes that are wanted with the boxes that are store
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Index = tuple[int, ...]
 
@@ -37,7 +39,7 @@ class Piece:
     shape: Index
     box: Box
     writer: bool
-    views: dict[str, Tensor]
+    views: "dict[str, Tensor]"
 
 
 def boxes_of_range(shape: Index, start: int, stop: int) -> list[Box]:

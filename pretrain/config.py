@@ -39,15 +39,19 @@ class BatchConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019, decoupled decay). Norms and embeddings are spared from `weight_decay`.
+    """AdamW (Loshchilov & Hutter 2019, decoupled decay), or Muon for the blocks' matrices and AdamW for the rest.
+
+    Norms and embeddings are spared from `weight_decay`. Muon's updates are scaled to AdamW's size (see
+    `pretrain/muon.py`), so that both take the same `lr`; `momentum` is Muon's alone.
 
     `grad_clip` bounds the global L2 norm of the gradient (0: off). `z_loss` weighs the mean of log^2 Z over the
     vocabulary (PaLM, section 5); it enters the gradient, never the reported loss.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=1.0, ge=0)
@@ -122,22 +126,48 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the same model is laid out over ranks. Nothing here changes what is learned."""
+    """How the same model is laid out over ranks. Nothing here changes what is learned.
+
+    zero_stage: what data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
+    tensor: ranks that split every matrix, the vocabulary and, between the matrices, the sequence.
+    sequence: ranks that split a sequence, and attention by heads (Ulysses).
+    expert: ranks that split the experts of each mixture-of-experts layer. They are the data-parallel ranks (and their
+        tensor and sequence parallel ones) over again, so this degree multiplies no others.
+    activation_checkpointing: what backward recomputes; `pretrain/activation_checkpointing.py` lists what is kept.
+        It applies to every `activation_checkpointing_every`-th block.
+    offload_optimizer, offload_parameters: where masters and optimizer state, and parameters, wait between uses.
+    reduce_dtype: of gradients on their way between ranks; they are accumulated in fp32 in any case.
+    compile: each block by torch.compile.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     tensor: int = Field(default=1, gt=0)
     sequence: int = Field(default=1, gt=0)
     expert: int = Field(default=1, gt=0)
-    activation_checkpointing: Literal["none", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing_every: int = Field(default=1, gt=0)
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+    @property
+    def ranks_per_sample(self) -> int:
+        """Ranks that work on the same sequences: the data-parallel degree is the world divided by it."""
+        return self.tensor * self.sequence
 
     @model_validator(mode="after")
-    def _only_data_parallel(self) -> Self:
-        for axis in ("tensor", "sequence", "expert"):
-            if getattr(self, axis) != 1:
-                raise ValueError(
-                    f"{axis}={getattr(self, axis)}: this version lays a model out by data parallelism and ZeRO only; "
-                    f"set {axis} to 1"
-                )
+    def _offload_has_what_it_moves(self) -> Self:
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(
+                f"offload_optimizer={self.offload_optimizer} needs zero_stage 1 or higher: at stage 0 DeepSpeed does "
+                "not hold the optimizer's state; set zero_stage to 1"
+            )
+        if self.offload_parameters != "none" and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters={self.offload_parameters} needs zero_stage=3, the only one that shards "
+                f"parameters, not {self.zero_stage}: set zero_stage to 3, or offload_parameters to none"
+            )
         return self
 
 
@@ -172,6 +202,7 @@ class RunConfig(Section):
     """Everything that decides what a run learns and how it is laid out.
 
     `precision` is the dtype of forward and backward: the masters and the optimizer's state are fp32 in each.
+    `deepspeed` is merged into DeepSpeed's derived configuration last, and cannot contradict what the recipe says.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
@@ -185,6 +216,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    deepspeed: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _precision_has_masters(self) -> Self:
@@ -193,40 +225,31 @@ class RunConfig(Section):
                 f"precision={self.precision} does not go with parallel.zero_stage=0, where DeepSpeed applies a step of "
                 "weight decay before training: set parallel.zero_stage to 1, which costs nothing on one rank"
             )
-        if self.precision == "fp16" and self.parallel.zero_stage == 3:
+        return self
+
+    @model_validator(mode="after")
+    def _routers_stay_fp32(self) -> Self:
+        if self.model.moe is not None and self.parallel.zero_stage == 3 and self.precision != "fp32":
             raise ValueError(
-                "precision=fp16 does not go with parallel.zero_stage=3, where DeepSpeed takes half the gradient's norm "
-                "on steps at which the loss scale doubles: set parallel.zero_stage to 2, or use bf16"
+                f"precision={self.precision} with model.moe does not go with parallel.zero_stage=3: routers stay fp32, "
+                "and DeepSpeed's stage 3 keeps all parameters in one dtype; set parallel.zero_stage to 2 and "
+                "parallel.expert to share out the experts"
             )
         return self
 
-
-def batch_sizes(batch: BatchConfig) -> list[int]:
-    """Every global batch size that the run passes through, in order."""
-    return [size for _, size in batch.ramp] + [batch.global_batch_size]
-
-
-def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) -> int:
-    """Micro-batches (forward passes) of each data-parallel rank in one optimizer step.
-
-    Raises ValueError if the global batch does not divide over `data_world` ranks.
-    """
-    share = config.batch.micro_batch_size * data_world
-    if global_batch_size % share:
-        fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * data_world) == 0]
-        key = "batch.global_batch_size" if global_batch_size == config.batch.global_batch_size else "batch.ramp: size"
-        remedy = f"micro_batch_size may be {', '.join(map(str, fitting))}" if fitting else "use fewer ranks"
-        raise ValueError(
-            f"{key}={global_batch_size} is not a multiple of batch.micro_batch_size="
-            f"{config.batch.micro_batch_size} times {data_world} data-parallel ranks ({share}): {remedy}"
-        )
-    return global_batch_size // share
-
-
-def check_layout(config: RunConfig, world: int) -> None:
-    """Raise ValueError where `config` cannot run on `world` ranks."""
-    for size in batch_sizes(config.batch):
-        micro_batches(config, size, world)
+    @model_validator(mode="after")
+    def _muon_has_whole_matrices(self) -> Self:
+        if self.optimizer.name == "muon" and self.parallel.zero_stage == 3:
+            raise ValueError(
+                "optimizer.name=muon does not go with parallel.zero_stage=3, which updates the parts of a matrix at "
+                "different times: set parallel.zero_stage to 2, or use adamw"
+            )
+        if self.optimizer.name == "muon" and self.parallel.offload_optimizer != "none":
+            raise ValueError(
+                f"optimizer.name=muon does not go with parallel.offload_optimizer={self.parallel.offload_optimizer}, "
+                "as its matrix products would run on the CPU: set parallel.offload_optimizer to none, or use adamw"
+            )
+        return self
 
 
 # What a resume may change. free: how the run is laid out or watched. recorded: what it learns from here on, noted in
@@ -242,6 +265,7 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "batch": "recorded",
     "batch.micro_batch_size": "free",
     "optimizer": "recorded",
+    "optimizer.name": "refused",
     "schedule": "recorded",
     "schedule.total_steps": "free",
     "schedule.total_tokens": "free",
@@ -249,6 +273,7 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "parallel": "free",
     "checkpoint": "free",
     "evaluation": "free",
+    "deepspeed": "free",
 }
 
 

@@ -8,17 +8,19 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.batch import Batch
 from model.decoder import Decoder
-from model.init import initialise
+from model.init import initial_slice, initialise
+from model.moe import MoE
+from model.parameters import parameter_shapes
 from pretrain.boxes import Piece
 from pretrain.config import RunConfig
 from pretrain.parallel_dims import ParallelDims
-from pretrain.parallelize import parallelize
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,14 +28,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class StepStats(NamedTuple):
     """What one optimizer step was, as scalars still on the device: nothing has been read yet.
 
-    nll        this rank's sum of -log p over its targets that count
-    tokens     targets that counted, over all ranks and micro-batches
-    grad_norm  L2 norm of the global gradient before clipping
+    nll          this rank's share of the sum of -log p over the targets that count: all ranks' add up to the whole
+    tokens       targets that counted, over all ranks and micro-batches
+    grad_norm    L2 norm of the global gradient before clipping
+    expert_load  token-expert pairs of each layer with experts, (layers, E), over all ranks and micro-batches
     """
 
     nll: Tensor
     tokens: Tensor
     grad_norm: Tensor
+    expert_load: Tensor | None = None
 
 
 class Engine(Protocol):
@@ -43,7 +47,7 @@ class Engine(Protocol):
         """One optimizer step over this rank's micro-batches of a global batch. Collective."""
 
     def validation_nll(self, batch: Batch) -> Tensor:
-        """Sum of -log p over a batch's targets, on this rank, without gradients. Every rank calls it equally often."""
+        """This rank's share of the sum of -log p over a batch's targets, without gradients. Collective."""
 
     def pieces(self) -> list[Piece]:
         """Live views of the masters and optimizer state that this rank holds, as boxes of logical tensors."""
@@ -65,6 +69,7 @@ class Status(NamedTuple):
     failed        some rank cannot get its next batch
     data_seconds  time spent waiting for data, mean over ranks
     memory_bytes  peak memory of a rank, mean over ranks
+    expert_load   as in StepStats; empty without experts
     """
 
     loss: float
@@ -74,6 +79,7 @@ class Status(NamedTuple):
     failed: bool
     data_seconds: float
     memory_bytes: int
+    expert_load: list[list[int]]
 
     @property
     def finite(self) -> bool:
@@ -90,40 +96,87 @@ def agree(
     vector = torch.cat([stats.nll.double().reshape(1), own.to(device)])
     if dist.is_initialized():
         dist.all_reduce(vector)
-    everything = torch.cat([vector, stats.tokens.double().reshape(1), stats.grad_norm.to(device).double().reshape(1)])
-    nll, stops, failures, waited, memory, tokens, grad_norm = everything.tolist()
-    return Status(nll / tokens, int(tokens), grad_norm, stops > 0, failures > 0, waited, int(memory))
+    rest = [stats.tokens, stats.grad_norm.to(device)]
+    if stats.expert_load is not None:
+        rest.append(stats.expert_load)
+    everything = torch.cat([vector, *(value.double().reshape(-1) for value in rest)])
+    nll, stops, failures, waited, memory, tokens, grad_norm, *pairs = everything.tolist()
+    layers = 0 if stats.expert_load is None else len(stats.expert_load)
+    experts = len(pairs) // max(layers, 1)
+    load = [[int(n) for n in pairs[i * experts : (i + 1) * experts]] for i in range(layers)]
+    return Status(nll / tokens, int(tokens), grad_norm, stops > 0, failures > 0, waited, int(memory), load)
 
 
-def decoder_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor | None]:
-    """A batch as the decoder takes it: int64 tensors `(B, T)` on the device."""
+def decoder_inputs(batch: Batch, device: torch.device, dims: ParallelDims | None = None) -> dict[str, Tensor | None]:
+    """A batch as the decoder takes it: int64 tensors `(B, T)` on the device.
+
+    Where sequence-parallel ranks share sequences out, this rank's part of tokens, targets and positions; the document
+    ids stay whole, since attention sees whole sequences.
+    """
+    tokens, targets, positions = batch.tokens, batch.targets, batch.positions
+    if dims is not None and dims.layout.sequence > 1:
+        T = tokens.shape[1]
+        if positions is None:
+            positions = np.broadcast_to(np.arange(T), tokens.shape)
+        part = T // dims.layout.sequence
+        start = dims.index("sequence") * part
+        tokens, targets, positions = (x[:, start : start + part].copy() for x in (tokens, targets, positions))
     arrays = {
-        "tokens_BT": batch.tokens,
-        "targets_BT": batch.targets,
-        "positions_BT": batch.positions,
+        "tokens_BT": tokens,
+        "targets_BT": targets,
+        "positions_BT": positions,
         "document_ids_BT": batch.document_ids,
     }
     return {name: None if array is None else torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
-def global_valid_tokens(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Targets that count in the global batch, over all ranks and micro-batches; at least 1, so that it can divide."""
+def global_valid_tokens(batches: Sequence[Batch], device: torch.device, ranks_per_sample: int = 1) -> Tensor:
+    """Targets that count in the global batch, over all ranks and micro-batches; at least 1, so that it can divide.
+
+    ranks_per_sample: how many ranks are given the same batches.
+    """
     count = torch.tensor(float(sum(batch.valid_tokens for batch in batches)), dtype=torch.float64).to(device)
     if dist.is_initialized():
         dist.all_reduce(count)
-    return count.clamp(min=1)
+    return (count / ranks_per_sample).clamp(min=1)
+
+
+def balance_experts(decoder: Decoder) -> Tensor | None:
+    """The experts' load since the last call over all ranks, (layers, E), after it has moved the routers' biases."""
+    layers = [module for module in decoder.modules() if isinstance(module, MoE)]
+    if not layers:
+        return None
+    load_LE = torch.stack([layer.take_load() for layer in layers])
+    if dist.is_initialized():
+        dist.all_reduce(load_LE)
+    for layer, load_E in zip(layers, load_LE, strict=True):
+        if layer.router.bias is not None:
+            layer.router.update_bias(load_E)
+    return load_LE
 
 
 def build_decoder(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
-    """The model at step 0: its values are a function of the seed and of each parameter's name, on any layout."""
+    """The whole model at step 0 on one device, as it is before anything is laid out."""
     with device:
         decoder = Decoder(config.model)
     initialise(decoder, config.seed)
-    return parallelize(decoder, config.parallel).to(dtype)
+    return decoder.to(dtype)
+
+
+@torch.no_grad()
+def write_initial_values(engine: Engine, config: RunConfig) -> None:
+    """Write what this rank holds of the model at step 0: a function of the seed and of each parameter's name and
+    indices, so the same bits on any layout. Only this rank's own boxes are ever made."""
+    trained = parameter_shapes(config.model)  # buffers start at 0
+    for piece in engine.pieces():
+        if piece.name not in trained:
+            continue
+        box = [slice(i, i + n) for i, n in zip(piece.box.offset, piece.box.size, strict=True)]
+        piece.views["fp32"].copy_(initial_slice(piece.name, piece.shape, box, config.seed, config.model))
 
 
 def build_engine(config: RunConfig, device: torch.device, dims: ParallelDims) -> Engine:
-    """The product's engine: DeepSpeed, over a fresh model."""
+    """The product's engine, at step 0."""
     from pretrain.engine_deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(build_decoder(config, device, torch.float32), config, device, dims)
+    return DeepSpeedEngine(config, device, dims)

@@ -1,69 +1,74 @@
-"""DeepSpeed behind the Engine protocol: ZeRO 0 to 3, in fp32, bf16 and fp16, with fp32 masters and fp32 gradients.
+"""DeepSpeed behind the Engine protocol: ZeRO 0 to 3, any layout, fp32, bf16 and fp16, with fp32 masters and gradients.
 
-DeepSpeed 0.19.8 is pinned exactly, because the checkpoint reaches into where it keeps a rank's share of the state:
-stages 1 and 2 through `_hp_mapping`, stage 3 through `grad_position`. Its JSON is derived here and never written by a
-user. It never saves or loads a checkpoint.
+What DeepSpeed is left to do is to reduce, partition, offload, clip and step. The model comes to it already laid out
+(`pretrain/parallelize.py`), the gradient's norm is computed here, and it never saves or loads a checkpoint.
 """
 
 import logging
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from model.decoder import Decoder
-from pretrain.boxes import Piece, boxes_of_range
-from pretrain.config import RunConfig, micro_batches
+from model.parameters import buffer_shapes
+from pretrain import deepspeed_zero
+from pretrain.boxes import Box, Piece, boxes_of_range
+from pretrain.config import RunConfig
+from pretrain.deepspeed_config import deepspeed_config
 from pretrain.device import prepare_deepspeed
-from pretrain.engine import StepStats, decoder_inputs, global_valid_tokens
-from pretrain.optimizers import build_optimizer, parameter_groups
+from pretrain.engine import (
+    DTYPES,
+    StepStats,
+    balance_experts,
+    decoder_inputs,
+    global_valid_tokens,
+    write_initial_values,
+)
+from pretrain.muon import Muon
+from pretrain.muon_sharded import HeldBox, ShardedOrthogonalizer
+from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
-
-
-def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for a run. Accumulation boundaries are set by the engine, so a batch ramp needs nothing here."""
-    derived: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches(config, config.batch.global_batch_size, data_world),
-        "gradient_clipping": config.optimizer.grad_clip,
-        "zero_optimization": {"stage": config.parallel.zero_stage},
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW; DeepSpeed's own would be compiled at start
-        "communication_data_type": "fp32",  # its default for bf16 reduces gradients in bf16
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 10**9,
-    }
-    if config.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
-    if config.precision == "fp16":
-        derived["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    return derived
+from pretrain.parallelize import parallelize, placements
+from pretrain.placement import Placement
 
 
 class DeepSpeedEngine:
-    """The product's engine."""
+    """The product's engine, over a model that starts from the run's seed."""
 
-    def __init__(self, decoder: Decoder, config: RunConfig, device: torch.device, dims: ParallelDims) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, dims: ParallelDims) -> None:
         self.config, self.device, self.dims = config, device, dims
+        self.places = placements(config.model, dims)
         deepspeed_logger.setLevel(logging.ERROR)
         prepare_deepspeed()
-        groups = parameter_groups(decoder.named_parameters(), config.optimizer.weight_decay)
-        self.engine, *_ = deepspeed.initialize(
-            model=decoder,
-            optimizer=build_optimizer(groups, config.optimizer),
-            config=deepspeed_config(config, dims.data_world),
-            dist_init_required=False,
-        )
-        # Some of DeepSpeed's optimizers make a step at start to allocate their state. Ours has a learning rate of 0
-        # then, so the weights are untouched; the state is put back to before the first step.
+        settings = deepspeed_config(config, dims.data_world)
+        unit = deepspeed_zero.ModelParallelUnit(dims)
+        unit.announce_experts()
+        init = deepspeed_zero.zero_init(settings, unit) if config.parallel.zero_stage == 3 else None
+
+        def made(parameter: nn.Parameter, place: Placement) -> None:
+            deepspeed_zero.mark(parameter, place, unit)
+            if init is not None:
+                deepspeed_zero.partition(parameter, init)
+
+        decoder = parallelize(config, device, DTYPES[config.precision], dims, made)
+        optimizer = build_optimizer(parameter_groups(decoder.named_parameters(), config.optimizer), config)
+        self.engine = deepspeed_zero.build(decoder, optimizer, settings, unit)
+        self._names = {parameter: name for name, parameter in decoder.named_parameters()}
+        self._grad_norm = torch.zeros((), device=device)
+        deepspeed_zero.replace_norm(self.engine, self._scaled_grad_norm)
+        # Some of DeepSpeed's optimizers make a step at start to allocate their state: back to before the first one.
         for state in self._basic_optimizer.state.values():
             for value in state.values():
                 value.zero_()
+        if isinstance(optimizer, Muon):
+            optimizer.orthogonalizer = self._sharded_orthogonalizer()
+        write_initial_values(self, config)
+        deepspeed_zero.renew_parameters(self.engine)
 
     @property
     def _basic_optimizer(self) -> torch.optim.Optimizer:
@@ -71,78 +76,91 @@ class DeepSpeedEngine:
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
         """See Engine."""
-        valid_tokens = global_valid_tokens(batches, self.device)
+        valid_tokens = global_valid_tokens(batches, self.device, self.config.parallel.ranks_per_sample)
+        sequences = sum(len(batch.tokens) for batch in batches) * self.dims.data_world
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            sums = self.engine(**decoder_inputs(batch, self.device), z_loss=self.config.optimizer.z_loss)
-            # DeepSpeed averages gradients over data-parallel ranks: times their number, it is the sum.
-            objective = sums.total * (self.dims.data_world / valid_tokens)
-            self.engine.backward(objective.float(), scale_wrt_gas=False)
+            inputs = decoder_inputs(batch, self.device, self.dims)
+            sums = self.engine(**inputs, z_loss=self.config.optimizer.z_loss)
+            objective = sums.total / valid_tokens + sums.auxiliary / sequences
+            # DeepSpeed averages gradients over the ranks with other tokens: times their number, it is the sum.
+            self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)
             nll += sums.nll
-        grad_norm = self._stage_0_grad_norm()
+        if self.config.parallel.zero_stage == 0:
+            self._clip()
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        if grad_norm is None:
-            grad_norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
-        return StepStats(nll, valid_tokens, grad_norm)
+        return StepStats(self._share(nll), valid_tokens, self._grad_norm, balance_experts(self.engine.module))
 
-    def _stage_0_grad_norm(self) -> Tensor | None:
-        """The norm before clipping at stage 0, where DeepSpeed reports none; the gradients are reduced by now."""
-        if self.config.parallel.zero_stage:
-            return None
-        return nn.utils.get_total_norm([p.grad for p in self.engine.module.parameters() if p.grad is not None])
+    def _share(self, nll: Tensor) -> Tensor:
+        """A loss that tensor-parallel ranks all have, counted once."""
+        return nll if self.dims.index("tensor") == 0 else torch.zeros_like(nll)
+
+    def _scaled_grad_norm(self) -> Tensor:
+        """The norm of the global gradient times the loss scale, each element of the model counted once."""
+        zero_stage = self.config.parallel.zero_stage
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for parameter, squared in deepspeed_zero.squared_gradient_norms(self.engine):
+            if self._is_writer(self.places[self._names[parameter]]):
+                total += squared.to(self.device)
+        dist.all_reduce(total)
+        norm = total.sqrt().float()
+        self._grad_norm = norm / self.engine.optimizer.loss_scale if zero_stage else norm
+        return norm
+
+    def _clip(self) -> None:
+        norm, limit = self._scaled_grad_norm(), self.config.optimizer.grad_clip
+        if limit:
+            nn.utils.clip_grads_with_norm_(self.engine.module.parameters(), limit, norm)
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
         """See Engine."""
         self.engine.eval()
-        nll = self.engine(**decoder_inputs(batch, self.device)).nll
+        nll = self.engine(**decoder_inputs(batch, self.device, self.dims)).nll
         self.engine.train()
-        return nll
+        return self._share(nll)
 
     # ------------------------------------------------------------------------------------------- its state
 
-    def _fragments(self) -> Iterator[tuple[str, nn.Parameter, Tensor, int, int, int]]:
-        """(name, parameter, flat master, position in it, position in the parameter, count) that this rank owns."""
-        zero = self.engine.optimizer
-        for name, parameter in self.engine.module.named_parameters():
-            if self.config.parallel.zero_stage == 0:
-                yield name, parameter, parameter, 0, 0, parameter.numel()
-            elif self.config.parallel.zero_stage == 3:
-                group, at, count = zero.grad_position[zero.get_param_id(parameter)]
-                begin = parameter.partition_numel() * dist.get_rank(parameter.ds_process_group)
-                owned = max(0, min(count, parameter.ds_numel - begin))  # the last shares are padded
-                yield name, parameter, zero.fp32_partitioned_groups_flat[group], at, begin, owned
-            elif parameter._hp_mapping is not None:  # None: other ranks own all of this parameter
-                mapping = parameter._hp_mapping
-                master, local = mapping.hp_fragment_address, mapping.lp_fragment_address
-                flat = self._basic_optimizer.param_groups[mapping.param_group_index]["params"][0]
-                yield name, parameter, flat, master.start, local.start, master.numel
-
-    def _adam_state(self, flat: Tensor) -> dict[str, Tensor]:
-        """The optimizer state of one flat tensor, made as AdamW would if no step has been taken yet."""
-        state = self._basic_optimizer.state[flat]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
-        return state
+    def _is_writer(self, place: Placement) -> bool:
+        """Whether of several ranks that hold the same values this is the one that counts."""
+        first_copy = place.copies is None or self.dims.index(place.copies) == 0
+        whole = self.config.parallel.zero_stage == 0
+        return first_copy and (not whole or self.dims.index(place.replicas) == 0)
 
     def pieces(self) -> list[Piece]:
         """See Engine. At stage 0 every rank holds everything, and the first one writes it."""
-        writer = self.config.parallel.zero_stage > 0 or self.dims.data_rank == 0
         found = []
-        for name, parameter, flat, at, begin, count in self._fragments():
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            state = self._adam_state(flat)
-            sources = {"fp32": flat.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            for box in boxes_of_range(shape, begin, begin + count):
-                size = math.prod(box.size)
-                views = {kind: whole.view(-1)[at : at + size].view(box.size) for kind, whole in sources.items()}
-                found.append(Piece(name, shape, box, writer, views))
-                at += size
+        for part, box, at in self._owned_boxes():
+            place, state = self.places[part.name], ensure_state(self._basic_optimizer, part.master, part.group)
+            views = {
+                kind: whole.view(-1)[at : at + box.numel].view(box.size)
+                for kind, whole in {"fp32": part.master.detach(), **state}.items()
+            }
+            found.append(Piece(part.name, place.shape, box, self._is_writer(place), views))
+        for name in buffer_shapes(self.config.model):
+            place, buffer = self.places[name], self.engine.module.get_buffer(name)
+            found.append(Piece(name, place.shape, place.box, self.dims.rank == 0, {"fp32": buffer}))
         return found
+
+    def _owned_boxes(self) -> Iterator[tuple[deepspeed_zero.Fragment, Box, int]]:
+        """(fragment, box of the logical parameter, where it begins in the fragment's master) of what this rank owns."""
+        for part in deepspeed_zero.fragments(self.engine):
+            place, at = self.places[part.name], part.at
+            for local in boxes_of_range(place.box.size, part.begin, part.begin + part.numel):
+                box = Box(tuple(i + j for i, j in zip(local.offset, place.box.offset, strict=True)), local.size)
+                yield part, box, at
+                at += box.numel
+
+    def _sharded_orthogonalizer(self) -> ShardedOrthogonalizer:
+        """Muon's view of this rank's masters: which boxes of which matrices they hold."""
+        held: dict[Tensor, list[HeldBox]] = defaultdict(list)
+        for part, box, at in self._owned_boxes():
+            held[part.master].append(HeldBox(part.name, self.places[part.name].shape, box, at))
+        return ShardedOrthogonalizer(held, dist.group.WORLD)
 
     def scalars(self) -> dict[str, Any]:
         """See Engine."""
@@ -165,11 +183,4 @@ class DeepSpeedEngine:
             setattr(self.engine, key, value)
         if self.config.precision == "fp16":
             vars(self.engine.optimizer.loss_scaler).update(scalars.get("loss_scaler", {}))
-        zero = self.engine.optimizer
-        if self.config.parallel.zero_stage == 3:
-            zero.checkpoint_event_prologue()  # drops gathered copies, of small persistent parameters too
-            for group in range(len(zero.fp16_groups)):
-                zero._reassign_or_swap_out_partitioned_parameters(group)
-            zero.checkpoint_event_epilogue()
-        elif self.config.parallel.zero_stage:
-            zero.update_lp_params()
+        deepspeed_zero.renew_parameters(self.engine)

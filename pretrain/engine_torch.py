@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from model.decoder import Decoder
+from model.parameters import buffer_shapes
 from pretrain.boxes import Box, Piece
 from pretrain.config import RunConfig
-from pretrain.engine import DTYPES, StepStats, decoder_inputs, global_valid_tokens
-from pretrain.optimizers import build_optimizer, parameter_groups
+from pretrain.engine import DTYPES, StepStats, balance_experts, decoder_inputs, global_valid_tokens
+from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 
 
 class TorchEngine:
@@ -26,18 +27,21 @@ class TorchEngine:
         self.config, self.device = config, device
         self.masters = {name: nn.Parameter(value.detach().clone()) for name, value in decoder.named_parameters()}
         self.decoder = decoder.to(DTYPES[config.precision])
-        groups = parameter_groups(self.masters.items(), config.optimizer.weight_decay)
-        self.optimizer = build_optimizer(groups, config.optimizer)
+        groups = parameter_groups(self.masters.items(), config.optimizer)
+        self.optimizer = build_optimizer(groups, config)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
         """See Engine."""
         valid_tokens = global_valid_tokens(batches, self.device)
+        sequences = sum(len(batch.tokens) for batch in batches) * (
+            dist.get_world_size() if dist.is_initialized() else 1
+        )
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         for master in self.masters.values():
             master.grad = torch.zeros_like(master)
         for batch in batches:
             sums = self.decoder(**decoder_inputs(batch, self.device), z_loss=self.config.optimizer.z_loss)
-            (sums.total / valid_tokens).backward()
+            (sums.total / valid_tokens + sums.auxiliary / sequences).backward()
             nll += sums.nll
             for name, parameter in self.decoder.named_parameters():
                 assert parameter.grad is not None
@@ -54,7 +58,7 @@ class TorchEngine:
             group["lr"] = lr
         self.optimizer.step()
         self._copy_masters()
-        return StepStats(nll, valid_tokens, grad_norm)
+        return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder))
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
@@ -63,16 +67,19 @@ class TorchEngine:
 
     def pieces(self) -> list[Piece]:
         """See Engine."""
+
+        def whole(tensor: Tensor) -> Box:
+            return Box((0,) * tensor.ndim, tuple(tensor.shape))
+
         writer = not dist.is_initialized() or dist.get_rank() == 0
         found = []
+        group_of = {master: group for group in self.optimizer.param_groups for master in group["params"]}
         for name, master in self.masters.items():
-            state = self.optimizer.state[master]
-            if not state:
-                state["step"] = torch.zeros((), device=self.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-            views = {"fp32": master.detach(), "exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
-            shape = tuple(master.shape)
-            found.append(Piece(name, shape, Box((0,) * len(shape), shape), writer, views))
+            views = {"fp32": master.detach(), **ensure_state(self.optimizer, master, group_of[master])}
+            found.append(Piece(name, tuple(master.shape), whole(master), writer, views))
+        for name in buffer_shapes(self.config.model):
+            buffer = self.decoder.get_buffer(name)
+            found.append(Piece(name, tuple(buffer.shape), whole(buffer), writer, {"fp32": buffer}))
         return found
 
     def scalars(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import Tokenizer
 from model.config import ModelConfig, padded_vocab_size
 from model.decoder import Decoder
-from model.parameters import parameter_shapes
+from model.parameters import buffer_shapes, keeps_fp32, parameter_shapes
 from pretrain.checkpoint import checkpoint_path, list_checkpoints, newest_checkpoint, read_index, read_weights
 from pretrain.device import detect
 from pretrain.hf import load_hf_folder
@@ -64,8 +64,8 @@ def load_model(
     """Load a run folder (its newest checkpoint, or that of `step`), a checkpoint folder, or a Hugging Face folder.
 
     tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
-    pass; logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a parameter:
-    memory holds the weights once, whatever their dtype.
+    pass; routers, logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a
+    parameter: memory holds the weights once, whatever their dtype.
     Raises ValueError if `target` is no model, has no such step, holds a tensor that is not finite or does not fit its
     config, or if the tokenizer is not the model's.
     """
@@ -86,7 +86,8 @@ def load_model(
     loaded_tokenizer = _checked_tokenizer(target, found, tokenizer)
     with init_empty_weights():
         decoder = Decoder(found.config)
-    weights = {name: found.weights.pop(name).to(dtype) for name in list(found.weights)}
+    dtypes = {name: torch.float32 if keeps_fp32(name) else dtype for name in found.weights}
+    weights = {name: found.weights.pop(name).to(dtypes[name]) for name in dtypes}
     decoder.load_state_dict(weights, assign=True)
     decoder.requires_grad_(False)
     decoder.to(detect()).eval()
@@ -133,7 +134,7 @@ def _from_hf(folder: Path) -> _Found:
 
 def _check_weights(target: Path, found: _Found) -> None:
     """Raise ValueError unless the tensors are those of the config, and finite."""
-    shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(found.config)
+    shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(found.config) | buffer_shapes(found.config)
     for name in sorted(shapes.keys() ^ found.weights.keys()):
         problem = "lacks the tensor" if name in shapes else "holds a tensor that its config has no place for:"
         raise ValueError(f"{target} {problem} {name}: it is incomplete, or of another architecture")

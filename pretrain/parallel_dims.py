@@ -1,27 +1,59 @@
-"""Where this rank stands in the layout: degrees and coordinates; and what all ranks say."""
+"""Where this rank stands in the layout, with the process groups of its axes; and what all ranks say."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
+from pretrain.config import RunConfig
+from pretrain.layout import AXES, Axis, Layout
+
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Degrees of each axis and this rank's place on it.
+    """This rank's place in a layout. A group is None where it would be of one rank: there is nobody to talk to.
 
     The loader is told only (data_rank, data_world): whatever else a layout does, it does to the same samples.
     """
 
-    data_rank: int
-    data_world: int
+    layout: Layout
+    rank: int
+    groups: Mapping[Axis, dist.ProcessGroup | None]
 
     @classmethod
-    def of_this_rank(cls) -> "ParallelDims":
-        """From the process group, which must exist; one rank without a group is a layout too."""
-        if not dist.is_initialized():
-            return cls(data_rank=0, data_world=1)
-        return cls(data_rank=dist.get_rank(), data_world=dist.get_world_size())
+    def of_this_rank(cls, config: RunConfig) -> "ParallelDims":
+        """Make the groups of this rank's axes. Collective; one rank without a process group is a layout too.
+
+        Raises ValueError if the ranks there are cannot be laid out as the config says.
+        """
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        layout = Layout.of(config, world)
+        made: dict[range, dist.ProcessGroup | None] = {range(rank, rank + 1): None}
+        if world > 1:
+            made[range(world)] = dist.group.WORLD
+        for axis in AXES:
+            ranks = layout.group_of(rank, axis)
+            if ranks not in made:  # equal ranges are equal groups; only the members take part in making one
+                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return cls(layout, rank, {axis: made[layout.group_of(rank, axis)] for axis in AXES})
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the data-parallel shares of a global batch is this rank's."""
+        return self.layout.coordinates(self.rank)[0]
+
+    @property
+    def data_world(self) -> int:
+        return self.layout.data
+
+    def index(self, axis: Axis) -> int:
+        """This rank's place in its group of an axis."""
+        return self.layout.group_of(self.rank, axis).index(self.rank)
+
+    def size(self, axis: Axis) -> int:
+        """How many ranks its group of an axis has."""
+        return len(self.layout.group_of(self.rank, axis))
 
 
 def gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:

@@ -34,8 +34,8 @@ def train(
     Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, CheckpointError if a
     checkpoint cannot be written.
     """
-    dims = ParallelDims.of_this_rank()
-    host_group = new_cpu_group() if dims.data_world > 1 else None
+    dims = ParallelDims.of_this_rank(config)
+    host_group = new_cpu_group() if dims.layout.world > 1 else None
     engine = build_engine(config, device, dims)
     state, origin = restore(run_dir, engine, host_group)
     if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
@@ -43,7 +43,7 @@ def train(
     fingerprint = read_json(run_dir.data_path)["tokenizer"]
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
-        recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.data_world)
+        recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.layout.world)
         mixture = {source.name: source.weight for source in config.data.sources}
         if state.set_mixture(mixture):
             recorder.event("stage", step=state.step, position=state.position, weights=mixture)
@@ -153,7 +153,7 @@ def open_loader(config: RunConfig, state: TrainState, dims: ParallelDims) -> Loa
 
 def open_recorder(run_dir: RunDir, config: RunConfig, state: TrainState, dims: ParallelDims) -> Recorder:
     """Rank 0 records, the others are silent."""
-    if dims.data_rank != 0:
+    if dims.rank != 0:
         return SilentRecorder()
     return RunRecorder(run_dir, state.step, config.schedule.total_steps, config.schedule.total_tokens)
 

@@ -23,7 +23,7 @@ def validate(
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, targets
         for batch in read_together(source, config, dims, group):
             sums[0] += engine.validation_nll(batch)
-            sums[1] += batch.valid_tokens
+            sums[1] += batch.valid_tokens / config.parallel.ranks_per_sample  # which are all given this batch
         if dist.is_initialized():
             dist.all_reduce(sums)
         nll, tokens = sums.tolist()

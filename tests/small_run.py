@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.batch import Batch
-from pretrain.config import RunConfig, micro_batches
+from pretrain.config import RunConfig
+from pretrain.layout import micro_batches
 from pretrain.recipe import load_config
 
 RECIPE = Path(__file__).parents[1] / "launch" / "recipes" / "58m.yaml"
@@ -18,6 +19,14 @@ SMALL = (
     "optimizer={lr: 3e-3, grad_clip: 0.1}",
     "schedule={warmup_steps: 2, total_steps: 8}",
 )
+# `model.moe` of the small model: none; every layer Qwen3's way; the second layer DeepSeek-V3's way.
+MODELS = {
+    "dense": "null",
+    "moe": "{experts: 4, experts_per_token: 2, expert_ffn_size: 16, balance_coefficient: 0.1, z_loss: 1e-2}",
+    "moebias": "{experts: 8, experts_per_token: 2, expert_ffn_size: 16, shared_experts: 1, first_layer: 1, "
+    "router: sigmoid, balance: bias, bias_update_rate: 0.05, groups: 4, groups_per_token: 2, "
+    "routed_scaling_factor: 2.5}",
+}
 
 
 def small_config(*overrides: str) -> RunConfig:
@@ -36,9 +45,27 @@ def global_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
     return tokens, targets
 
 
+@functools.cache
+def documents(step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and document ids (GLOBAL_BATCH, T) of a step: documents of 1 token up to the whole window."""
+    random = np.random.default_rng([step, 1])
+    starts = random.random((GLOBAL_BATCH, SEQUENCE_LENGTH)) < np.linspace(0, 0.5, GLOBAL_BATCH)[:, None]
+    starts[:, 0] = False
+    places = np.arange(SEQUENCE_LENGTH)
+    first = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
+    return places - first, np.cumsum(starts, axis=1)
+
+
 def rank_batches(config: RunConfig, step: int, rank: int, world: int) -> list[Batch]:
-    """A rank's micro-batches of a step."""
+    """A rank's micro-batches of a step, cut into documents if the model keeps them apart."""
     tokens, targets = global_batch(step)
+    positions, document_ids = documents(step) if config.model.document_mask else (None, None)
     size, count = config.batch.micro_batch_size, micro_batches(config, GLOBAL_BATCH, world)
-    starts = range(rank * count * size, (rank + 1) * count * size, size)
-    return [Batch(tokens[i : i + size].copy(), targets[i : i + size].copy(), None, None) for i in starts]
+
+    def micro_batch(start: int) -> Batch:
+        rows = slice(start, start + size)
+        if positions is None or document_ids is None:
+            return Batch(tokens[rows].copy(), targets[rows].copy(), None, None)
+        return Batch(*(array[rows].copy() for array in (tokens, targets, positions, document_ids)))
+
+    return [micro_batch(start) for start in range(rank * count * size, (rank + 1) * count * size, size)]

@@ -37,7 +37,7 @@ def random_batch(config: RunConfig, step: int) -> Batch:
 
 def steppe(config: RunConfig, device: torch.device) -> Step:
     """The product: the DeepSpeed engine, and the loop's one status read."""
-    engine = build_engine(config, device, ParallelDims.of_this_rank())
+    engine = build_engine(config, device, ParallelDims.of_this_rank(config))
 
     def step(number: int) -> float:
         return agree(engine.train_step([random_batch(config, number)], config.optimizer.lr)).loss

@@ -42,7 +42,7 @@ def oracle(config: Any) -> Engine:
 
 
 def deepspeed(config: Any) -> Engine:
-    return build_engine(config, DEVICE, ParallelDims.of_this_rank())
+    return build_engine(config, DEVICE, ParallelDims.of_this_rank(config))
 
 
 CASES = {

@@ -18,7 +18,7 @@ from pretrain.state import TrainState
 from tests.small_run import rank_batches, small_config
 
 DEVICE, FOLDER = detect(), Path(os.environ["CASE_FOLDER"])
-DIMS, GROUP = ParallelDims.of_this_rank(), new_cpu_group()
+DIMS, GROUP = ParallelDims.of_this_rank(small_config()), new_cpu_group()
 STEPS, SAVED_AFTER = 5, 2
 LAYOUTS = {
     "torch-fp32": ("torch", ()),

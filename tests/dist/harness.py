@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+RESULTS = "results.jsonl"
 
 
 def run_cases(module: str, nproc: int, folder: Path) -> dict[str, Any]:
@@ -21,15 +22,21 @@ def run_cases(module: str, nproc: int, folder: Path) -> dict[str, Any]:
 
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(ROOT)
-    results = folder / "results.jsonl"
+    results = folder / RESULTS
     try:
         run_ranks("tests.dist.harness", [module, str(results)], nproc)
     except RanksError:
-        errors = "\n".join(path.read_text() for path in folder.glob("results.jsonl.rank*"))
+        errors = "\n".join(path.read_text() for path in folder.glob(f"{RESULTS}.rank*"))
         raise AssertionError(f"{module} failed on {nproc} ranks:\n{errors}") from None
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
-    return dict(json.loads(line) for line in results.read_text().splitlines())
+    return finished_cases(folder)
+
+
+def finished_cases(folder: Path) -> dict[str, Any]:
+    """Results of the cases that ran to their end, also where a later one ended the ranks."""
+    results = folder / RESULTS
+    return dict(json.loads(line) for line in results.read_text().splitlines()) if results.exists() else {}
 
 
 def main() -> None:

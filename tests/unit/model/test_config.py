@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from model.config import PRESETS, ModelConfig, padded_vocab_size
+from model.config import ModelConfig, has_experts, padded_vocab_size
+from model.presets import PRESETS
 
 SMALL = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 96, "vocab_size": 200}
 LLAMA3 = {
@@ -15,6 +16,9 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+
+MOE = {"experts": 8, "experts_per_token": 2, "expert_ffn_size": 32}
 
 
 def test_derived_fields_are_numbers_in_the_dump() -> None:
@@ -32,6 +36,28 @@ def test_a_preset_is_overridden_field_by_field() -> None:
     assert config.vocab_size == 1000
     assert config.rope_scaling is not None
     assert config.rope_scaling.type == "llama3"
+
+
+def test_experts_of_a_preset_are_overridden_field_by_field() -> None:
+    changed = ModelConfig.model_validate({"preset": "tiny-moe", "moe": {"experts": 4, "z_loss": 0.001}}).moe
+    assert changed is not None
+    assert (changed.experts, changed.expert_ffn_size, changed.z_loss) == (4, 448, 0.001)
+    assert ModelConfig.model_validate({"preset": "tiny-moe", "moe": None}).moe is None
+    assert ModelConfig.model_validate({"preset": "tiny-10m", "moe": MOE}).moe is not None
+    assert ModelConfig.model_validate({**SMALL, "moe": None}).moe is None
+    config = ModelConfig.model_validate({**SMALL, "moe": MOE})
+    assert ModelConfig.model_validate(config.model_dump()) == config
+
+
+@pytest.mark.parametrize(
+    ("first_layer", "layer_frequency", "expected"),
+    [(0, 1, [0, 1, 2, 3, 4]), (1, 2, [1, 3]), (3, 1, [3, 4]), (4, 9, [4])],
+)
+def test_which_layers_have_experts(first_layer: int, layer_frequency: int, expected: list[int]) -> None:
+    moe = {**MOE, "first_layer": first_layer, "layer_frequency": layer_frequency}
+    config = ModelConfig.model_validate({**SMALL, "num_layers": 5, "moe": moe})
+    assert [layer for layer in range(5) if has_experts(config, layer)] == expected
+    assert not has_experts(ModelConfig.model_validate(SMALL), 0)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -72,6 +98,23 @@ def test_head_size_need_not_be_the_width_over_the_heads() -> None:
             "beta_slow 40 must be below beta_fast 32",
         ),
         ("7b", "valid dictionary"),
+        ({**SMALL, "moe": {**MOE, "experts_per_token": 9}}, "experts_per_token 9 is more than experts 8"),
+        ({**SMALL, "moe": {**MOE, "groups": 3}}, "groups 3 does not divide experts 8"),
+        ({**SMALL, "moe": {**MOE, "groups_per_token": 2}}, "groups_per_token 2 is more than groups 1"),
+        (
+            {**SMALL, "moe": {**MOE, "groups": 8}},
+            "experts_per_token 2 is more than the 1 experts of a token's groups_per_token 1",
+        ),
+        ({**SMALL, "moe": {**MOE, "experts_per_token": 1}}, "set normalize_weights to false"),
+        ({**SMALL, "moe": {**MOE, "expert_ffn_size": 36}}, "expert_ffn_size 36 is not a multiple of 8"),
+        ({**SMALL, "hidden_size": 60, "head_size": 16, "moe": MOE}, "hidden_size 60 is not a multiple of 8"),
+        ({**SMALL, "moe": {**MOE, "first_layer": 2}}, "moe.first_layer 2 leaves no layer with experts"),
+        ({**SMALL, "moe": {**MOE, "layer_frequency": 0}}, "moe.layer_frequency\n  Input should be greater than 0"),
+        ({**SMALL, "moe": {**MOE, "router": "top"}}, "'softmax' or 'sigmoid'"),
+        ({**SMALL, "moe": {**MOE, "balance": "loss"}}, "'aux_loss', 'bias' or 'none'"),
+        ({**SMALL, "moe": {**MOE, "z_loss": -1}}, "greater than or equal to 0"),
+        ({**SMALL, "moe": {"experts": 8}}, "moe.experts_per_token\n  Field required"),
+        ({**SMALL, "moe": {**MOE, "expert": 8}}, "moe.expert\n  Extra inputs are not permitted"),
     ],
 )
 def test_a_broken_rule_is_named(wrong: object, message: str) -> None:

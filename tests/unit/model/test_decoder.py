@@ -1,15 +1,20 @@
 """The decoder's own promises: objective, document mask, cache, and independence of how it was built."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
 from model.kv_cache import KVCache
 from model.loss import LossSums
+
+MOE = {"experts": 8, "experts_per_token": 2, "expert_ffn_size": 32, "first_layer": 1, "z_loss": 0.01}
 
 
 def config(**fields: object) -> ModelConfig:
@@ -23,7 +28,7 @@ def build(**fields: object) -> Decoder:
     initialise(decoder, 0)
     with torch.no_grad():
         for parameter in decoder.parameters():
-            parameter.mul_(3 if parameter.dim() == 2 else 1)
+            parameter.mul_(3 if parameter.dim() >= 2 else 1)
     return decoder
 
 
@@ -88,9 +93,44 @@ def test_positions_are_relative() -> None:
     assert (decoder.hidden(tokens(), stretched) - decoder.hidden(tokens())).abs().max() > 1e-3
 
 
+def test_routers_losses_are_summed_over_layers_and_sequences() -> None:
+    decoder = build(moe=MOE)
+    of_layers: list[Tensor] = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda _module, _inputs, outputs: of_layers.append(outputs[1]))
+    sums = decoder(tokens(), tokens())
+    assert of_layers[0].item() == 0
+    assert len(of_layers) == 3
+    assert all(loss.dtype == torch.float32 and loss.shape == () for loss in of_layers)
+    torch.testing.assert_close(sums.auxiliary, torch.stack(of_layers).sum())
+    rows = [decoder(row, row).auxiliary for row in tokens().split(1)]
+    torch.testing.assert_close(sums.auxiliary, torch.stack(rows).sum())
+    (grad,) = torch.autograd.grad(sums.auxiliary, decoder.layers[1].mlp.router.weight)
+    assert grad.abs().max() > 0
+    assert build()(tokens(), tokens()).auxiliary.item() == 0
+
+
+def test_recomputed_blocks_route_alike() -> None:
+    """As `pretrain.parallelize` recomputes them: equal losses, gradients and loads, bit for bit."""
+    results = []
+    for recompute in (False, True):
+        decoder = build(moe={**MOE, "router": "sigmoid", "groups": 4, "groups_per_token": 2, "shared_experts": 1})
+        for block in decoder.layers if recompute else ():
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        sums = decoder(tokens(), tokens().roll(-1, dims=1))
+        (sums.total / 48 + sums.auxiliary / 2).backward()
+        loads = [layer.mlp.take_load() for layer in decoder.layers[1:]]
+        assert [load.sum().item() for load in loads] == [96, 96]
+        results.append([sums.total, sums.auxiliary, *loads, *(p.grad for p in decoder.parameters())])
+    for plain, recomputed in zip(*results, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
 @pytest.mark.parametrize("pieces", [[1] * 24, [10] + [1] * 14, [8, 8, 8], [24]])
-def test_reading_with_a_cache_equals_reading_at_once(pieces: list[int]) -> None:
-    decoder = build(qk_norm=True, rope_scaling={"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8})
+def test_reading_with_a_cache_equals_reading_at_once(pieces: list[int], moe: dict[str, object] | None) -> None:
+    yarn = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    decoder = build(qk_norm=True, rope_scaling=yarn, moe=moe)
     cache = KVCache(decoder.config, batch_size=2, max_tokens=24)
     with torch.no_grad():
         read = [decoder.hidden(piece, cache=cache) for piece in tokens().split(pieces, dim=1)]
@@ -113,8 +153,21 @@ def test_built_on_meta_it_is_the_same_model() -> None:
         assert torch.equal(decoder.hidden(tokens()), direct.hidden(tokens()))
 
 
-def test_bf16_follows_fp32() -> None:
-    decoder = build()
+def test_built_on_meta_a_router_has_its_bias() -> None:
+    direct = build(moe={**MOE, "balance": "bias"})
+    direct.layers[2].mlp.router.bias[5] = 3
+    with torch.device("meta"):
+        filled = Decoder(direct.config)
+    initialise(filled.to_empty(device="cpu"), 1)
+    filled.load_state_dict(direct.state_dict())
+    assert torch.equal(filled.hidden(tokens()), direct.hidden(tokens()))
+    direct.layers[2].mlp.router.bias.zero_()
+    assert not torch.equal(filled.hidden(tokens()), direct.hidden(tokens()))
+
+
+@pytest.mark.parametrize("moe", [None, MOE])
+def test_bf16_follows_fp32(moe: dict[str, object] | None) -> None:
+    decoder = build(moe=moe)
     exact = decoder(tokens(), tokens().roll(-1, dims=1)).nll
     rough = decoder.bfloat16()(tokens(), tokens().roll(-1, dims=1))
     assert rough.total.dtype == torch.float32

@@ -104,7 +104,7 @@ def test_tokens_that_do_not_count_have_neither_loss_nor_gradient() -> None:
     kept = linear_cross_entropy(hidden[~ignored], weight, targets[~ignored], VOCAB, z_loss=0.1)
     assert sums.total.item() == pytest.approx(kept.total.item(), rel=1e-6)
     none = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), VOCAB, z_loss=0.1)
-    assert none == (0.0, 0.0)
+    assert none == (0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])

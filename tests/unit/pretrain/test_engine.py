@@ -43,7 +43,7 @@ def test_one_host_read_a_step(reads: Counter[str]) -> None:
 def test_status() -> None:
     stats = StepStats(torch.tensor(30.0), torch.tensor(10.0), torch.tensor(2.0))
     status = agree(stats, stop=True, data_seconds=0.5, memory_bytes=7)
-    assert status == (3.0, 10, 2.0, True, False, 0.5, 7)
+    assert status == (3.0, 10, 2.0, True, False, 0.5, 7, [])
     assert status.finite
     assert not agree(stats._replace(grad_norm=torch.tensor(float("inf")))).finite
     assert not agree(stats._replace(nll=torch.tensor(float("nan")))).finite

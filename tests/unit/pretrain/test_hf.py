@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from model.config import ModelConfig
 from model.decoder import Decoder
-from model.init import initialise
 from model.kv_cache import KVCache
 from pretrain.hf import config_from_hf, config_to_hf, load_hf_folder, weights_from_hf, weights_to_hf
+from tests.hf_parity import MIXTRAL, MOE, build, config, relative_error, theirs
 from tests.smollm2 import smollm2, smollm2_tokenizer
 
 LINEAR = {"type": "linear", "factor": 2.5}
@@ -38,39 +36,19 @@ VARIANTS = {
     "yarn, all given": {"rope_scaling": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.7}},
     "qwen3": {"qk_norm": True, "head_size": 32},
     "qwen3 tied, yarn": {"qk_norm": True, "tie_embeddings": True, "rope_scaling": YARN},
+    "mixtral": MIXTRAL,
+    "mixtral tied, wide heads": {**MIXTRAL, "tie_embeddings": True, "head_size": 32, "rope_theta": 1e6},
+    "qwen3 moe": {"qk_norm": True, "head_size": 32, "moe": {**MOE, "experts_per_token": 3}},
+    "qwen3 moe, unnormalized": {
+        "qk_norm": True,
+        "moe": {**MOE, "normalize_weights": False, "balance_coefficient": 0.5},
+    },
+    "qwen3 moe, some layers": {"qk_norm": True, "moe": {**MOE, "first_layer": 0, "layer_frequency": 2}},
+    "qwen3 moe, last layer": {
+        "qk_norm": True,
+        "moe": {**MOE, "first_layer": 2, "balance": "none", "balance_coefficient": 0},
+    },
 }
-
-
-def config(**fields: Any) -> ModelConfig:
-    small = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 96, "vocab_size": 200}
-    return ModelConfig.model_validate({**small, **fields})
-
-
-def build(model_config: ModelConfig) -> Decoder:
-    """Every weight, the norms' too, away from its initial value; logits of size 1 and more."""
-    decoder = Decoder(model_config)
-    initialise(decoder, 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            scale = 4 if parameter.dim() == 2 else 1
-            parameter.mul_(scale * (0.5 + torch.rand(parameter.shape, generator=generator)))
-    return decoder
-
-
-def theirs(decoder: Decoder) -> LlamaForCausalLM | Qwen3ForCausalLM:
-    model_config = decoder.config
-    hf = config_to_hf(model_config)
-    built = Qwen3ForCausalLM(Qwen3Config(**hf)) if model_config.qk_norm else LlamaForCausalLM(LlamaConfig(**hf))
-    result = built.load_state_dict(weights_to_hf(decoder.state_dict(), model_config), strict=False)
-    assert not result.unexpected_keys
-    assert result.missing_keys == (["lm_head.weight"] if model_config.tie_embeddings else [])
-    built.tie_weights()
-    return built.eval()
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -139,15 +117,18 @@ def test_a_folder_that_transformers_wrote(variant: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.hidden(tokens), decoder.hidden(tokens))
 
 
+@pytest.mark.parametrize("fields", [{"rope_scaling": LLAMA3}, MIXTRAL, {"qk_norm": True, "moe": MOE}])
 @torch.no_grad()
-def test_a_folder_that_we_wrote(tmp_path: Path) -> None:
-    decoder = build(config(rope_scaling=LLAMA3)).bfloat16()
+def test_a_folder_that_we_wrote(fields: dict[str, Any], tmp_path: Path) -> None:
+    decoder = build(config(**fields)).bfloat16()
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(decoder.config, 4096, torch.bfloat16)))
     exported = weights_to_hf(decoder.state_dict(), decoder.config)
     save_file(exported, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded_config, weights = load_hf_folder(tmp_path)
     assert loaded_config == decoder.config
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(weights[name], tensor)
+        assert weights[name].dtype == (torch.float32 if "router" in name else torch.bfloat16)
     reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert reference.config.max_position_embeddings == 4096
     tokens = torch.randint(0, 200, (1, 100))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from model.parameters import buffer_shapes
 from pretrain.checkpoint import checkpoint_path, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.engine import build_decoder
@@ -20,12 +21,14 @@ from pretrain.run_dir import RunDir
 from pretrain.state import TrainState
 from tests.tiny_hf import TEXTS, VOCAB_SIZE, tiny_hf_folder
 
+MOE = {"experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "balance": "bias", "first_layer": 1}
 
-def write_run(path: Path, steps: tuple[int, ...] = (10, 20)) -> RunDir:
-    """A run folder whose checkpoint of step N holds the initial weights of seed N."""
+
+def write_run(path: Path, steps: tuple[int, ...] = (10, 20), moe: dict[str, object] | None = None) -> RunDir:
+    """A run folder whose checkpoint of step N holds the initial weights of seed N; a router's biases are N too."""
     run = RunDir(path)
     stats = train_tokenizer(TEXTS, VOCAB_SIZE, run.tokenizer_path)
-    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "vocab_size": VOCAB_SIZE}
+    shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "vocab_size": VOCAB_SIZE, "moe": moe}
     config = RunConfig.model_validate(
         {
             "name": "tiny",
@@ -40,6 +43,8 @@ def write_run(path: Path, steps: tuple[int, ...] = (10, 20)) -> RunDir:
     device = torch.device("cpu")
     for step in steps:
         decoder = build_decoder(config.model_copy(update={"seed": step}), device, torch.float32)
+        for name in buffer_shapes(config.model):
+            decoder.get_buffer(name).fill_(step)
         engine = TorchEngine(decoder, config, device)
         save_checkpoint(run.checkpoints, engine, TrainState(step=step), config, stats.fingerprint, None)
     return run
@@ -115,6 +120,51 @@ def test_a_claimed_context_is_bounded(hf: Path, claimed: int | None, used: int) 
 
 def test_weights_take_the_asked_dtype(hf: Path) -> None:
     assert {p.dtype for p in load_model(hf, dtype=torch.bfloat16).decoder.parameters()} == {torch.bfloat16}
+
+
+def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
+    """Their biases, which are no parameters, come with the weights; nothing of a router is rounded on the way."""
+    run = write_run(tmp_path / "moe", moe=MOE)
+    expected = initial_weights(run, 20)
+    expected["layers.1.mlp.router.bias"] = torch.full((4,), 20.0)
+    assert same(load_model(run.path).decoder.state_dict(), expected)
+    rough = load_model(run.path, dtype=torch.bfloat16).decoder.state_dict()
+    rounded = {name: tensor if ".router." in name else tensor.bfloat16() for name, tensor in expected.items()}
+    assert same(rough, rounded)
+    assert {name for name, tensor in rough.items() if tensor.dtype == torch.float32} == {
+        "layers.1.mlp.router.weight",
+        "layers.1.mlp.router.bias",
+    }
+
+
+def test_a_router_without_its_bias_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "moe", (20,), MOE)
+    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
+    index = json.loads(index_path.read_text())
+    del index["parameters"]["layers.1.mlp.router.bias"]
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="lacks the tensor layers.1.mlp.router.bias"):
+        load_model(run.path)
+
+
+@torch.no_grad()
+def test_a_folder_of_mixtral_gives_transformers_logits(hf: Path) -> None:
+    config = MixtralConfig(
+        **{key: value for key, value in json.loads((hf / "config.json").read_text()).items() if key != "model_type"},
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    theirs = MixtralForCausalLM(config).eval()
+    theirs.save_pretrained(hf)
+    model = load_model(hf)
+    tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
+    found = model.decoder.logits(model.decoder.hidden(tokens))
+    torch.testing.assert_close(found, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert model.config.moe is not None
+    rough = load_model(hf, dtype=torch.bfloat16).decoder
+    assert {p.dtype for name, p in rough.named_parameters() if ".router." in name} == {torch.float32}
+    assert {p.dtype for name, p in rough.named_parameters() if ".router." not in name} == {torch.bfloat16}
+    assert rough(tokens, tokens).total.isfinite()
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:

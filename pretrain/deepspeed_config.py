@@ -1,0 +1,112 @@
+"""DeepSpeed's JSON, derived from the recipe, into which its own `deepspeed:` section is merged last. No torch here."""
+
+from typing import Any
+
+from pretrain.config import RunConfig
+from pretrain.layout import micro_batches
+
+# What a user must not set in `deepspeed:`, and what to set instead.
+INSTEAD = {
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size and batch.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "prescale_gradients": "nothing: losses are divided by the number of targets that count",
+    "gradient_predivide_factor": "nothing: losses are divided by the number of targets that count",
+    "communication_data_type": "parallel.reduce_dtype",
+    "seq_parallel_communication_data_type": "parallel.reduce_dtype",
+    "data_types": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "bfloat16": "precision",
+    "amp": "precision",
+    "torch_autocast": "precision",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "tensor_parallel": "parallel.tensor",
+    "sequence_parallel_size": "parallel.sequence",
+    "data_parallel_size": "nothing: it follows from the number of ranks",
+    "expert_parallel": "parallel.expert",
+    "activation_checkpointing": "parallel.activation_checkpointing",
+    "compile": "parallel.compile",
+    "checkpoint": "checkpoint",
+    "tensorboard": "nothing: every run has a TensorBoard log",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
+    "zero_optimization.offload_param": "parallel.offload_parameters",
+    "zero_optimization.cpu_offload": "parallel.offload_optimizer",
+}
+# What would change where DeepSpeed keeps the state that checkpoints read, or the numbers that layouts agree on.
+UNSUPPORTED = (
+    "zero_optimization.zero_hpz_partition_size",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
+    "zero_optimization.zeropp_loco_param",
+    "zero_optimization.mics_shard_size",
+    "zero_optimization.round_robin_gradients",
+    "zero_optimization.zenflow",
+    "zero_optimization.super_offload",
+    "zero_optimization.elastic_checkpoint",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "sparse_gradients",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "progressive_layer_drop",
+    "eigenvalue",
+    "quantize_training",
+    "pipeline",
+    "hybrid_engine",
+    "elasticity",
+    "autotuning",
+)
+
+
+def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run. Accumulation boundaries are set by the engine, so a batch ramp needs nothing here.
+
+    Raises ValueError where `deepspeed:` sets what the recipe decides elsewhere, or what would break what it promises.
+    """
+    parallel = config.parallel
+    derived: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches(config, config.batch.global_batch_size, data_world),
+        # At stage 0 DeepSpeed's norm does not know tensor and expert parallelism, so there the engine clips.
+        "gradient_clipping": config.optimizer.grad_clip if parallel.zero_stage else 0.0,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW; DeepSpeed's own would be compiled at start
+        "zero_force_ds_cpu_optimizer": False,  # the same with offload
+        "communication_data_type": parallel.reduce_dtype,  # its default for bf16 reduces gradients in bf16
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 10**9,
+    }
+    if parallel.offload_optimizer != "none":
+        derived["zero_optimization"]["offload_optimizer"] = {"device": parallel.offload_optimizer}
+    if parallel.offload_parameters != "none":
+        derived["zero_optimization"]["offload_param"] = {"device": parallel.offload_parameters}
+    if config.precision == "bf16":
+        derived["bf16"] = {"enabled": True}
+    if config.precision == "fp16":
+        derived["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+    return _merged(derived, config.deepspeed)
+
+
+def _merged(derived: dict[str, Any], given: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(derived)
+    for key, value in given.items():
+        path = prefix + key
+        if path in UNSUPPORTED:
+            raise ValueError(
+                f"deepspeed.{path}={value!r} is not supported: checkpoints or the equality of layouts would break; "
+                "leave it out"
+            )
+        if path in INSTEAD and derived.get(key) != value:
+            raise ValueError(
+                f"deepspeed.{path}={value!r} contradicts what the recipe says elsewhere ({derived.get(key)!r}): "
+                f"leave it out and set {INSTEAD[path]}"
+            )
+        nested = isinstance(value, dict) and path not in INSTEAD
+        merged[key] = _merged(derived.get(key, {}), value, f"{path}.") if nested else value
+    return merged

@@ -1,0 +1,196 @@
+"""Where DeepSpeed 0.19.8 keeps a rank's share of masters, optimizer state and gradients, at each ZeRO stage.
+
+It is pinned exactly, because this file reaches into it: stages 1 and 2 through `_hp_mapping` and `averaged_gradients`,
+stage 3 through `grad_position`; the engine's class is narrowed so that one optimizer class serves both of the former.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from pretrain.parallel_dims import ParallelDims
+from pretrain.placement import Placement
+
+EXPERTS = "experts"  # DeepSpeed's name for the one family of expert-parallel groups
+
+
+class Engine(DeepSpeedEngine):
+    """DeepSpeed's engine without what it does to a model that is right already."""
+
+    def _cast_module_mixed_precision(self, *_: Any, **__: Any) -> None:
+        """Parameters come in their dtypes; routers stay fp32."""
+
+    def _broadcast_model(self) -> None:
+        """Values are written afterwards, the same on each rank, from the seed or from a checkpoint."""
+
+    def _configure_distributed_model(self, model: nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        # Stage 3 finds the experts' ranks parameter by parameter, and refuses layers that it does not know.
+        shared_out = any(not getattr(parameter, "allreduce", True) for parameter in model.parameters())
+        self.has_moe_layers = shared_out and self.zero_optimization_stage() < 3
+
+    def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str | None:
+        """Its choice for bf16 at stage 1 is another class, which keeps all gradients in fp32 and steps at start."""
+        return ZERO_OPTIMIZATION if self.zero_optimization() else None
+
+
+class ModelParallelUnit:
+    """What DeepSpeed asks of Megatron's `mpu`. Its data parallelism is our `token` axis: it need not know sequences."""
+
+    def __init__(self, dims: ParallelDims) -> None:
+        self.dims = dims
+        deepspeed.init_distributed(dist_init_required=False)
+        self.alone = dist.new_group([dims.rank], use_local_synchronization=True)
+
+    def _group(self, axis: Any) -> dist.ProcessGroup:
+        return self.dims.groups[axis] or self.alone
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._group("tensor")
+
+    def get_model_parallel_rank(self) -> int:
+        return self.dims.index("tensor")
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.dims.size("tensor")
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._group("token")
+
+    def get_data_parallel_rank(self) -> int:
+        return self.dims.index("token")
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.dims.size("token")
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return list(self.dims.layout.group_of(self.dims.rank, "token"))
+
+    def announce_experts(self) -> None:
+        """Tell DeepSpeed which ranks share out the experts, and which hold the same ones."""
+        layout, rank = self.dims.layout, self.dims.rank
+        groups._EXPERT_PARALLEL_GROUP = {EXPERTS: self._group("expert")}
+        groups._EXPERT_DATA_PARALLEL_GROUP = {EXPERTS: self._group("expert_data")}
+        groups._EXPERT_PARALLEL_GROUP_RANKS = {EXPERTS: list(layout.group_of(rank, "expert"))}
+        groups._EXPERT_DATA_PARALLEL_GROUP_RANKS = {EXPERTS: list(layout.group_of(rank, "expert_data"))}
+
+
+def mark(parameter: nn.Parameter, place: Placement, unit: ModelParallelUnit) -> None:
+    """Tell DeepSpeed over which ranks a parameter's gradient is reduced and its state partitioned."""
+    if place.replicas == "expert_data":
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        parameter.group_name = EXPERTS  # type: ignore[attr-defined]
+        # Stage 3: its own expert parallelism marks parameters so, and averages them over all data-parallel ranks.
+        parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_group_name = EXPERTS  # type: ignore[attr-defined]
+        parameter.ds_zero_partition_process_group = unit._group("expert_data")  # type: ignore[attr-defined]
+
+
+def zero_init(config: dict[str, Any], unit: ModelParallelUnit) -> deepspeed.zero.Init:
+    """What partitions parameters at stage 3, one at a time by `partition`."""
+    return deepspeed.zero.Init(
+        data_parallel_group=unit.get_data_parallel_group(), config_dict_or_path=config, mpu=unit, enabled=True
+    )
+
+
+def partition(parameter: nn.Parameter, init: deepspeed.zero.Init) -> None:
+    """Keep this rank's share of a parameter and let go of the rest; unlike DeepSpeed's own, without a broadcast."""
+    init._convert_to_deepspeed_param(parameter)
+    parameter.partition()  # type: ignore[attr-defined]
+
+
+def build(model: nn.Module, optimizer: Any, config: dict[str, Any], unit: ModelParallelUnit) -> Engine:
+    """The engine, as `deepspeed.initialize` would make it, of the narrowed class."""
+    settings = DeepSpeedConfig(config, unit)
+    return Engine(
+        args=None,
+        model=model,
+        optimizer=optimizer,
+        mpu=unit,
+        dist_init_required=False,
+        config=config,
+        config_class=settings,
+    )
+
+
+class Fragment(NamedTuple):
+    """`numel` values of a parameter that this rank owns: from `begin` on in the rank's shard of it, from `at` on in
+    the flat `master`, which the optimizer updates as (a part of) its `group`."""
+
+    name: str
+    parameter: nn.Parameter
+    group: dict[str, Any]
+    master: Tensor
+    at: int
+    begin: int
+    numel: int
+
+
+def fragments(engine: Engine) -> Iterator[Fragment]:
+    """What this rank owns of each parameter."""
+    zero, stage, param_groups = engine.optimizer, engine.zero_optimization_stage(), engine.basic_optimizer.param_groups
+    group_of = {parameter: group for group in param_groups for parameter in group["params"]}
+    for name, parameter in engine.module.named_parameters():
+        if stage == 0:
+            yield Fragment(name, parameter, group_of[parameter], parameter, 0, 0, parameter.numel())
+        elif stage == 3:
+            index, at, numel = zero.grad_position[zero.get_param_id(parameter)]
+            begin = parameter.partition_numel() * dist.get_rank(parameter.ds_process_group)
+            owned = max(0, min(numel, parameter.ds_numel - begin))  # the last shares are padded
+            group = param_groups[zero.sub_group_to_group_id[index]]
+            yield Fragment(name, parameter, group, zero.fp32_partitioned_groups_flat[index], at, begin, owned)
+        elif parameter._hp_mapping is not None:  # None: other ranks own all of this parameter
+            mapping = parameter._hp_mapping
+            master, local = mapping.hp_fragment_address, mapping.lp_fragment_address
+            group = param_groups[mapping.param_group_index]
+            yield Fragment(name, parameter, group, group["params"][0], master.start, local.start, master.numel)
+
+
+def squared_gradient_norms(engine: Engine) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, squared L2 norm of this rank's share of its reduced gradient), loss scale included, before a step."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        for parameter in engine.module.parameters():
+            yield parameter, parameter.grad.double().square().sum()
+        return
+    held = zero.fp16_groups if stage == 3 else zero.params_in_partition
+    offloaded = zero.offload_optimizer if stage == 3 else zero.cpu_offload
+    for index, parameters in enumerate(held):
+        if offloaded:
+            norms = zero.norm_for_param_grads
+            yield from ((p, norms[i].double().square()) for p in parameters if (i := zero.get_param_id(p)) in norms)
+        else:
+            gradients = (g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
+            # Ranks beyond the last parameter hold padding alone.
+            for parameter, gradient in zip(parameters, gradients, strict=False):
+                yield parameter, gradient.double().square().sum()
+
+
+def replace_norm(engine: Engine, norm: Any) -> None:
+    """Let ZeRO clip by `norm()`, the norm of the scaled gradient, instead of by its own."""
+    if engine.zero_optimization_stage() == 3:
+        engine.optimizer._get_norm_groups = lambda: [norm()]
+    elif engine.zero_optimization_stage():
+        engine.optimizer.scaled_global_norm = norm
+
+
+def renew_parameters(engine: Engine) -> None:
+    """Copy masters that were written from outside into the parameters that forward uses."""
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        zero.checkpoint_event_prologue()  # drops gathered copies, of small persistent parameters too
+        for group in range(len(zero.fp16_groups)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()
+    elif stage:
+        zero.update_lp_params()
