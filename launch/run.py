@@ -16,6 +16,7 @@ from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
 from pretrain.config import RunConfig, changes, check_allowed, check_resume
+from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import check_layout
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
@@ -153,6 +154,7 @@ def check_ranks(config: RunConfig, nproc: int) -> None:
     if nproc < 1:
         raise ValueError(f"--nproc {nproc}: give a number of ranks, 1 or more")
     check_layout(config, nproc)
+    deepspeed_config(config, nproc // config.parallel.ranks_per_sample)
     from pretrain.device import check_device
 
     check_device(nproc, config.precision)

@@ -229,11 +229,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _routers_stay_fp32(self) -> Self:
-        if self.model.moe is not None and self.parallel.zero_stage == 3 and self.precision != "fp32":
+        if self.model.moe is not None and self.parallel.zero_stage == 3 and self.precision == "fp16":
             raise ValueError(
-                f"precision={self.precision} with model.moe does not go with parallel.zero_stage=3: routers stay fp32, "
-                "and DeepSpeed's stage 3 keeps all parameters in one dtype; set parallel.zero_stage to 2 and "
-                "parallel.expert to share out the experts"
+                "precision=fp16 with model.moe does not go with parallel.zero_stage=3: routers stay fp32, beside "
+                "DeepSpeed's stage 3, which would scale losses without them; use bf16, or set parallel.zero_stage to 2"
             )
         return self
 

@@ -35,6 +35,7 @@ from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize, placements
 from pretrain.placement import Placement
+from pretrain.whole_parameters import WholeParameters
 
 
 class DeepSpeedEngine:
@@ -50,16 +51,19 @@ class DeepSpeedEngine:
         unit.announce_experts()
         init = deepspeed_zero.zero_init(settings, unit) if config.parallel.zero_stage == 3 else None
 
+        dtype = DTYPES[config.precision]
+
         def made(parameter: nn.Parameter, place: Placement) -> None:
             deepspeed_zero.mark(parameter, place, unit)
-            if init is not None:
+            if init is not None and parameter.dtype == dtype:
                 deepspeed_zero.partition(parameter, init)
 
-        decoder = parallelize(config, device, DTYPES[config.precision], dims, made)
+        decoder = parallelize(config, device, dtype, dims, made)
+        apart = [name for name, p in decoder.named_parameters() if init is not None and p.dtype != dtype]
+        self.apart = WholeParameters(decoder, apart, config, dims)
         optimizer = build_optimizer(parameter_groups(decoder.named_parameters(), config.optimizer), config)
         self.engine = deepspeed_zero.build(decoder, optimizer, settings, unit)
         self._names = {parameter: name for name, parameter in decoder.named_parameters()}
-        self._grad_norm = torch.zeros((), device=device)
         deepspeed_zero.replace_norm(self.engine, self._scaled_grad_norm)
         # Some of DeepSpeed's optimizers make a step at start to allocate their state: back to before the first one.
         for state in self._basic_optimizer.state.values():
@@ -87,11 +91,14 @@ class DeepSpeedEngine:
             # DeepSpeed averages gradients over the ranks with other tokens: times their number, it is the sum.
             self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)
             nll += sums.nll
+        self._grad_norm = torch.full((), torch.inf, device=self.device)  # as it stays if DeepSpeed finds an overflow
+        self.apart.reduce_gradients()
         if self.config.parallel.zero_stage == 0:
             self._clip()
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        self.apart.step(lr, self._grad_norm)
         return StepStats(self._share(nll), valid_tokens, self._grad_norm, balance_experts(self.engine.module))
 
     def _share(self, nll: Tensor) -> Tensor:
@@ -103,8 +110,11 @@ class DeepSpeedEngine:
         zero_stage = self.config.parallel.zero_stage
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for parameter, squared in deepspeed_zero.squared_gradient_norms(self.engine):
-            if self._is_writer(self.places[self._names[parameter]]):
+            if self._is_writer(self.places[self._names[parameter]], sharded=bool(zero_stage)):
                 total += squared.to(self.device)
+        for name, squared in self.apart.squared_gradient_norms():
+            if self._is_writer(self.places[name], sharded=False):
+                total += squared
         dist.all_reduce(total)
         norm = total.sqrt().float()
         self._grad_norm = norm / self.engine.optimizer.loss_scale if zero_stage else norm
@@ -125,22 +135,27 @@ class DeepSpeedEngine:
 
     # ------------------------------------------------------------------------------------------- its state
 
-    def _is_writer(self, place: Placement) -> bool:
-        """Whether of several ranks that hold the same values this is the one that counts."""
+    def _is_writer(self, place: Placement, sharded: bool) -> bool:
+        """Whether of several ranks that hold the same values this is the one that counts.
+
+        sharded: whether ZeRO shares the values out among the replicas.
+        """
         first_copy = place.copies is None or self.dims.index(place.copies) == 0
-        whole = self.config.parallel.zero_stage == 0
-        return first_copy and (not whole or self.dims.index(place.replicas) == 0)
+        return first_copy and (sharded or self.dims.index(place.replicas) == 0)
 
     def pieces(self) -> list[Piece]:
         """See Engine. At stage 0 every rank holds everything, and the first one writes it."""
-        found = []
+        found, sharded = [], self.config.parallel.zero_stage > 0
         for part, box, at in self._owned_boxes():
             place, state = self.places[part.name], ensure_state(self._basic_optimizer, part.master, part.group)
             views = {
                 kind: whole.view(-1)[at : at + box.numel].view(box.size)
                 for kind, whole in {"fp32": part.master.detach(), **state}.items()
             }
-            found.append(Piece(part.name, place.shape, box, self._is_writer(place), views))
+            found.append(Piece(part.name, place.shape, box, self._is_writer(place, sharded), views))
+        for name, views in self.apart.views():
+            place = self.places[name]
+            found.append(Piece(name, place.shape, place.box, self._is_writer(place, sharded=False), views))
         for name in buffer_shapes(self.config.model):
             place, buffer = self.places[name], self.engine.module.get_buffer(name)
             found.append(Piece(name, place.shape, place.box, self.dims.rank == 0, {"fp32": buffer}))
@@ -179,6 +194,7 @@ class DeepSpeedEngine:
         """See Engine."""
         for state in self._basic_optimizer.state.values():
             state["step"].fill_(scalars["optimizer_steps"])
+        self.apart.restored(scalars["optimizer_steps"])
         for key, value in scalars.get("counters", {}).items():
             setattr(self.engine, key, value)
         if self.config.precision == "fp16":

@@ -61,6 +61,8 @@ class RunRecorder:
         self._write("step", event)
         for key, name in STEP_SCALARS.items():
             self.tensorboard.add_scalar(name, event[key], event["step"])
+        for layer, pairs in event.get("expert_load", {}).items():
+            self._expert_load(layer, pairs, event["step"])
         self.progress.step(event)
 
     def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
@@ -80,6 +82,23 @@ class RunRecorder:
         self.progress.close()
         self.tensorboard.close()
         self.events.close()
+
+    def _expert_load(self, layer: int, pairs: list[int], step: int) -> None:
+        """A layer's load: of the busiest expert against the mean, and of each expert, as a histogram whose bars are
+        the experts."""
+        self.tensorboard.add_scalar(f"experts/layer_{layer}_max_over_mean", max(pairs) * len(pairs) / sum(pairs), step)
+        ids = range(len(pairs))
+        self.tensorboard.add_histogram_raw(
+            f"experts/layer_{layer}_pairs_by_expert",
+            min=0,
+            max=len(pairs) - 1,
+            num=sum(pairs),
+            sum=sum(i * n for i, n in zip(ids, pairs, strict=True)),
+            sum_squares=sum(i * i * n for i, n in zip(ids, pairs, strict=True)),
+            bucket_limits=[i + 0.5 for i in ids],
+            bucket_counts=pairs,
+            global_step=step,
+        )
 
     def _write(self, kind: str, event: dict[str, Any]) -> None:
         self.events.write(event_line(kind, event))

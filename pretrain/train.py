@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from data_pipeline.loader import Loader
 from model.accounting import flops_per_token
+from model.config import has_experts
 from pretrain.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.device import new_cpu_group, peak_flops, peak_memory_bytes
@@ -177,6 +178,8 @@ class Meter:
         say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s in all ({source})"
         figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": self.flops_per_token}
         self.recorder.event("peak", say, **figures)
+        model = self.config.model
+        self.expert_layers = [layer for layer in range(model.num_layers) if has_experts(model, layer)]
         self.data_seconds = self.started = 0.0
 
     def begin(self) -> None:
@@ -210,4 +213,9 @@ class Meter:
             data_seconds=status.data_seconds,
             memory_bytes=status.memory_bytes,
             skipped=not status.finite,
+            **(
+                {"expert_load": dict(zip(self.expert_layers, status.expert_load, strict=True))}
+                if self.expert_layers
+                else {}
+            ),
         )

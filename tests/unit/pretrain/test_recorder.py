@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pretrain.progress import StepProgress
 from pretrain.recorder import RunRecorder
@@ -78,3 +79,15 @@ def test_event_line_is_one_line() -> None:
     line = event_line("note", {"text": "a\nb"})
     assert line.count("\n") == 1
     assert json.loads(line)["text"] == "a\nb"
+
+
+def test_expert_load_is_shown_expert_by_expert(tmp_path: Path) -> None:
+    recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
+    recorder.step(step=1, **STEP, expert_load={2: [6, 0, 2]})
+    recorder.close()
+    (step,) = read_events(tmp_path / "events.jsonl", "step")
+    assert step["expert_load"] == {"2": [6, 0, 2]}
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Scalars("experts/layer_2_max_over_mean")[0].value == 6 * 3 / 8
+    (shown_load,) = board.Histograms("experts/layer_2_pairs_by_expert")
+    assert list(shown_load.histogram_value.bucket) == [6, 0, 2]

@@ -1,0 +1,105 @@
+"""Cases for test_parity.py: each layout that the environment names trains the small model, and is saved.
+
+Every case starts and ends together on all ranks. One that fails on all of them is its result; one that fails on some
+ends them, and so does one that takes too long: a rank that waits for another would otherwise wait for ever.
+"""
+
+import faulthandler
+import functools
+import gc
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain.checkpoint import save_checkpoint
+from pretrain.config import RunConfig
+from pretrain.device import detect, new_cpu_group
+from pretrain.engine import Engine, agree, build_engine
+from pretrain.parallel_dims import ParallelDims, gathered
+from pretrain.recipe import load_config
+from pretrain.state import TrainState
+from pretrain.validation import validate
+from tests.dist.harness import RESULTS
+from tests.dist.layouts import LONG, MATRIX, LayoutCase
+from tests.small_run import MODELS, RECIPE, rank_batches
+
+STEPS = 5
+CASE_SECONDS = 60
+COMPILED_CASE_SECONDS = 300
+BY_NAME = {case.name: case for case in (*MATRIX, *LONG)}
+# Validation of a sharded model on 5 windows: whether 2 or 4 ranks share them out, in twos, some rank has none at last.
+VALIDATED = {
+    "tp2-zero3": ["parallel={tensor: 2, zero_stage: 3}"],
+    "sp2-zero3": ["parallel={sequence: 2, zero_stage: 3}"],
+    "ep2-zero3": ["parallel={expert: 2, zero_stage: 3}", f"model.moe={MODELS['moe']}"],
+}
+VALIDATION = ("precision=fp32", "evaluation.windows=5", "batch.micro_batch_size=2")
+
+
+def trained(engine: Engine, config: RunConfig, data_rank: int, data_world: int) -> dict[str, Any]:
+    """Loss and gradient norm of each of STEPS steps, and how many tokens each expert had in it. Collective."""
+    curve, load = [], []
+    for step in range(STEPS):
+        status = agree(engine.train_step(rank_batches(config, step, data_rank, data_world), lr=1e-3 * (step + 1)))
+        curve.append([status.loss, status.grad_norm])
+        load.append(status.expert_load)
+    return {"curve": curve, "expert_load": load}
+
+
+def train(case: LayoutCase) -> dict[str, Any]:
+    """What a layout learns, and the checkpoint after it."""
+    config = case.config
+    dims = ParallelDims.of_this_rank(config)
+    engine = build_engine(config, detect(), dims)
+    result = trained(engine, config, dims.data_rank, dims.data_world)
+    folder = Path(os.environ["CASE_FOLDER"]) / case.name
+    path = save_checkpoint(folder, engine, TrainState(step=STEPS, position=0, tokens=0), config, "none", _host_group())
+    return {**result, "path": str(path)}
+
+
+def validation(overrides: list[str]) -> dict[str, float]:
+    """Loss on the held-out source of the corpus whose settings the environment carries, before any step."""
+    config = load_config(RECIPE, [*os.environ["PARITY_CORPUS"].splitlines(), *VALIDATION, *overrides])
+    dims = ParallelDims.of_this_rank(config)
+    return validate(build_engine(config, detect(), dims), config, detect(), dims, _host_group())
+
+
+def together(case: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
+    """The result of a case, or how it failed, if it did so on every rank."""
+    report = Path(os.environ["CASE_FOLDER"]) / f"{RESULTS}.rank{dist.get_rank()}"
+    with open(report, "w") as stacks:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=stacks)
+        try:
+            result = case()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+            print(result["error"], file=stacks, flush=True)
+        failures = [found.get("error") for found in gathered(result, dist.group.WORLD)]
+        faulthandler.cancel_dump_traceback_later()
+    assert all(failures) or not any(failures), f"only some ranks failed: {next(filter(None, failures))}"
+    report.unlink()
+    gc.collect()  # an engine holds itself in a circle; the next layout should find its memory free
+    return result
+
+
+@functools.cache
+def _host_group() -> dist.ProcessGroup:
+    return new_cpu_group()
+
+
+def _cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    cases: dict[str, Callable[[], dict[str, Any]]] = {}
+    for name in os.environ.get("PARITY_CASES", "").split():
+        if name in VALIDATED:
+            cases[name] = functools.partial(together, functools.partial(validation, VALIDATED[name]), CASE_SECONDS)
+        else:
+            seconds = COMPILED_CASE_SECONDS if BY_NAME[name].compile else CASE_SECONDS
+            cases[name] = functools.partial(together, functools.partial(train, BY_NAME[name]), seconds)
+    return cases
+
+
+CASES = _cases()

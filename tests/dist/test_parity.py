@@ -1,0 +1,135 @@
+"""Every layout is the same model: loss, gradient norm and weights of each equal plain torch's on one rank.
+
+The layouts are those of `layouts.py`; `-k NAME` runs one of them alone. What is compared comes from 5 steps on the same
+global batches, with valid targets that fall unequally on samples (the last sample has none) and clipping active.
+
+fp32: 1e-5, relative on the loss and norm of each step, absolute on every weight after them.
+
+bf16: the oracle has bf16 copies of fp32 masters too, and rounds in other places. 1e-3 on the loss; 1e-2 on the norm,
+which rounding of many small gradients moves. Adam's first steps are the gradient's sign, and where a gradient is near 0
+its sign is rounding's: so on the weights not element by element, but 10 % of the way that each tensor went. Muon makes
+all singular values of an update alike, those that are rounding's too: 50 % of the way, so that there the curve decides.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint import read_weights
+from pretrain.engine import build_decoder
+from pretrain.engine_torch import TorchEngine
+from pretrain.parallel_dims import ParallelDims
+from pretrain.recipe import load_config
+from pretrain.validation import validate
+from tests.conftest import Corpus
+from tests.dist.harness import finished_cases, run_cases
+from tests.dist.layouts import LONG, MATRIX, LayoutCase
+from tests.dist.parity_cases import VALIDATED, VALIDATION, trained
+from tests.small_run import RECIPE
+
+# The first test of a world waits for all its layouts; those of `make test-long` take some twenty minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+Results = Callable[[int, str], Any]
+CPU = torch.device("cpu")
+CRASHES = 3  # after so many the rest of a world's layouts is given up: starting ranks again costs seconds each time
+
+
+def run_all(names: Sequence[str], world: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The result of each case by name. Ranks that a case ended are started again for those after it."""
+    found: dict[str, Any] = {}
+    for attempt in range(CRASHES):
+        left = [name for name in names if name not in found]
+        if not left:
+            break
+        patch.setenv("PARITY_CASES", " ".join(left))
+        part = folder / f"world{world}-{attempt}"
+        part.mkdir()
+        try:
+            found |= run_cases("tests.dist.parity_cases", world, part)
+        except AssertionError as error:
+            found |= finished_cases(part)
+            culprit = next(name for name in left if name not in found)
+            found[culprit] = {"error": str(error)}
+    return {name: found.get(name, {"error": f"not run, as {CRASHES} others ended the ranks"}) for name in names}
+
+
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Corpus
+) -> Iterator[Results]:
+    """Results of the cases that this session selected, by world and name; each world's ranks are started once."""
+    chosen: dict[int, list[str]] = {}
+    for item in request.session.items:
+        if item.path == request.path:
+            parameters = item.callspec.params  # type: ignore[attr-defined]
+            case = parameters.get("case")
+            world, name = (4, parameters["overrides"]) if case is None else (case.world, case.name)
+            chosen.setdefault(world, []).append(name)
+    folder = tmp_path_factory.mktemp("parity")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PARITY_CORPUS", "\n".join(corpus.settings()[1::2]))
+        by_world = functools.cache(lambda world: run_all(chosen[world], world, folder, patch))
+
+        def result_of(world: int, name: str) -> Any:
+            result = by_world(world)[name]
+            if "error" in result:
+                pytest.fail(f"{name}:\n{result['error']}", pytrace=False)
+            return result
+
+        yield result_of
+
+
+@functools.cache
+def oracle(case: LayoutCase) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Plain torch on one rank: what it learns, its weights before and after."""
+    config = case.config
+    engine = TorchEngine(build_decoder(config, CPU, torch.float32), config, CPU)
+    before = {piece.name: piece.views["fp32"].clone() for piece in engine.pieces()}
+    result = trained(engine, config, data_rank=0, data_world=1)
+    return result, before, {piece.name: piece.views["fp32"] for piece in engine.pieces()}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(case, id=case.name) for case in MATRIX),
+        *(pytest.param(case, id=case.name, marks=pytest.mark.long) for case in LONG),
+    ],
+)
+def test_every_layout_is_the_same_model(results: Results, case: LayoutCase) -> None:
+    found = results(case.world, case.name)
+    expected, before, after = oracle(case.oracle)
+    curve, expected_curve = torch.tensor(found["curve"]), torch.tensor(expected["curve"])
+    weights = read_weights(Path(found["path"]))
+    assert weights.keys() == after.keys()
+    if case.precision == "fp32":
+        torch.testing.assert_close(curve, expected_curve, rtol=1e-5, atol=0)
+        for name, weight in weights.items():
+            error = (weight - after[name]).abs().max()
+            assert error <= 1e-5, f"{name} is off by {error:.1e}"
+        assert found["expert_load"] == expected["expert_load"]
+    else:
+        torch.testing.assert_close(curve[:, 0], expected_curve[:, 0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(curve[:, 1], expected_curve[:, 1], rtol=1e-2, atol=0)
+        allowed = 0.5 if case.optimizer == "muon" else 0.1
+        for name, weight in weights.items():
+            assert (weight - after[name]).norm() <= allowed * (after[name] - before[name]).norm(), name
+    for name in weights:
+        if name.endswith("router.bias"):
+            assert torch.equal(weights[name], after[name]), name
+
+
+@pytest.mark.parametrize("overrides", VALIDATED)
+def test_validation_on_uneven_windows(results: Results, corpus: Corpus, overrides: str) -> None:
+    """Every rank makes as many forwards as the others, with nothing in the last of them, and no window counts twice."""
+    found = results(4, overrides)
+    config = load_config(RECIPE, [*corpus.settings()[1::2], *VALIDATION, *VALIDATED[overrides][1:]])
+    engine = TorchEngine(build_decoder(config, CPU, torch.float32), config, CPU)
+    alone = validate(engine, config, CPU, ParallelDims.of_this_rank(config), None)
+    assert found == pytest.approx(alone, rel=1e-5)
+    assert 6 < found["held-out"] < 7  # ln 600

@@ -1,0 +1,52 @@
+"""What DeepSpeed is told, and what a recipe's `deepspeed:` section may add to it."""
+
+import pytest
+
+from pretrain.deepspeed_config import INSTEAD, UNSUPPORTED, deepspeed_config
+from tests.small_run import small_config
+
+
+def test_derived() -> None:
+    told = deepspeed_config(small_config("precision=bf16", "parallel.zero_stage=2"), data_world=2)
+    assert told["gradient_accumulation_steps"] == 2
+    assert told["bf16"] == {"enabled": True}
+    assert told["communication_data_type"] == "fp32"
+    assert told["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_a_recipe_may_add_and_tune() -> None:
+    config = small_config("deepspeed={zero_optimization: {reduce_bucket_size: 1000}, wall_clock_breakdown: true}")
+    told = deepspeed_config(config, 1)
+    assert told["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert told["wall_clock_breakdown"] is True
+
+
+def test_saying_the_same_is_no_contradiction() -> None:
+    config = small_config("deepspeed={zero_optimization: {stage: 1}, train_micro_batch_size_per_gpu: 2}")
+    assert deepspeed_config(config, 1)["zero_optimization"]["stage"] == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "path", "remedy"),
+    [
+        ("{zero_optimization: {stage: 2}}", "zero_optimization.stage=2", "set parallel.zero_stage"),
+        ("{gradient_clipping: 3.0}", "gradient_clipping=3.0", "set optimizer.grad_clip"),
+        ("{bf16: {enabled: false}}", "bf16=", "set precision"),
+        ("{optimizer: {type: Adam}}", "optimizer=", "set optimizer"),
+        ("{zero_optimization: {zero_hpz_partition_size: 2}}", "zero_hpz_partition_size=2", "leave it out"),
+        ("{zero_optimization: {offload_param: {device: cpu}}}", "offload_param=", "set parallel.offload_parameters"),
+    ],
+)
+def test_a_contradiction_is_refused(section: str, path: str, remedy: str) -> None:
+    config = small_config("precision=bf16", f"deepspeed={section}")
+    with pytest.raises(ValueError, match=remedy) as caught:
+        deepspeed_config(config, 1)
+    assert path in str(caught.value)
+
+
+def test_what_is_derived_is_guarded() -> None:
+    """Each key that is derived cannot be set to something else."""
+    config = small_config("precision=bf16", "parallel={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}")
+    told = deepspeed_config(config, 1)
+    keys = {*told, *(f"zero_optimization.{key}" for key in told["zero_optimization"])} - {"zero_optimization"}
+    assert keys - {"steps_per_print"} <= set(INSTEAD) | set(UNSUPPORTED)
