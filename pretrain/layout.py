@@ -159,4 +159,4 @@ def check_degrees(config: RunConfig) -> None:
 
 def _divisors(largest: int, *sizes: int) -> list[int]:
     """Degrees up to `largest` that divide every size."""
-    return [degree for degree in range(1, largest + 1) if all(size % degree == 0 for size in sizes)]
+    return [degree for degree in range(1, min(largest, *sizes) + 1) if all(size % degree == 0 for size in sizes)]

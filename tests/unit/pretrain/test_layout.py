@@ -158,7 +158,6 @@ def test_the_batch_divides_over_ranks(world: int, fits: bool) -> None:
 
 
 MOE = f"model.moe={MODELS['moe']}"
-SHARED = f"model.moe={MODELS['moebias'].replace('expert_ffn_size: 16', 'expert_ffn_size: 8')}"
 # What is asked for, the ranks there are, and what the refusal says: the value, the rule, the remedy.
 REFUSED = {
     "heads": (("parallel.tensor=8",), 8, "parallel.tensor=8 does not divide model.num_heads=4: use one of 1, 2, 4"),
@@ -173,7 +172,11 @@ REFUSED = {
         "parallel.tensor=3 does not divide model.vocab_size (padded)=128: use one of 1, 2",
     ),
     "shared experts": (
-        ("model={num_heads: 16, head_size: 2}", SHARED, "parallel.tensor=16"),
+        (
+            "model={num_heads: 16, head_size: 4, num_kv_heads: 16, ffn_size: 64}",
+            "model.moe={experts: 4, experts_per_token: 2, expert_ffn_size: 8, shared_experts: 1}",
+            "parallel.tensor=16",
+        ),
         16,
         "parallel.tensor=16 does not divide model.moe.shared_experts * expert_ffn_size=8: use one of 1, 2, 4, 8",
     ),
