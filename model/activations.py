@@ -14,9 +14,9 @@ of its tokens. Kept by a block that recomputes nothing, in bytes a token of a ra
     SwiGLU                   4 b F: gate, up, silu(gate), and the product, which the last projection takes
     mask, if there is        b times the tokens of a sequence: attention makes a bias of it in each block
 
-Experts are not split by T: the tensor ranks take different tokens to them. A layer of experts keeps its norm's output,
-in 16 bits once more in fp32 for the router, whose logits and scores are 8 E; of each of a token's k rows 2 b D + 4 b F, and 16
-for where it goes; and SwiGLU of the shared experts. The rows of all ranks are assumed to fall evenly on all experts.
+Experts are not split by T: the tensor ranks take different tokens to them. A layer of experts keeps its input in fp32
+for the router, 4 D, whose logits and scores are 8 E; of each of a token's k rows 2 b D + 4 b F, and 16 for where it
+goes; and SwiGLU of the shared experts. The rows of all ranks are assumed to fall evenly on all experts.
 """
 
 import math
@@ -38,8 +38,9 @@ class Work:
 
     tokens: N, of the micro-batch, before sequence parallelism splits it.   sequence_length: tokens of one sequence.
     element_bytes: b.     tensor, sequence: T and S.
-    fused_norm: a GPU's norm is one kernel, which keeps its input; elsewhere it is composed of several operations, which
-        keep an fp32 copy of it, and an fp32 copy of it normalised.
+    fused: a GPU's kernels: a norm is one, which keeps its input, and an operand is converted on the way in. Elsewhere a
+        norm is several operations, which keep an fp32 copy of its input and another of that normalised, and adding 16
+        bits to fp32 makes an fp32 copy first.
     """
 
     tokens: int
@@ -47,7 +48,7 @@ class Work:
     element_bytes: int
     tensor: int = 1
     sequence: int = 1
-    fused_norm: bool = True
+    fused: bool = True
 
     @property
     def inside(self) -> int:
@@ -104,7 +105,8 @@ def loss_bytes(config: ModelConfig, work: Work) -> int:
     chunk = min(LOSS_CHUNK_TOKENS, work.inside)
     softmax_rows = min(chunk, max(1, LOSS_SOFTMAX_ELEMENTS // rows)) if work.tensor == 1 else chunk
     hidden, weight = work.inside * config.hidden_size, rows * config.hidden_size
-    forward = b * chunk * rows + max(FP32 * softmax_rows * rows, b * weight)
+    added = b * weight + (0 if work.fused or b == FP32 else FP32 * weight)
+    forward = b * chunk * rows + max(FP32 * softmax_rows * rows, added)
     scaled = FP32 * weight + (b * weight if b < FP32 else 0)
     return 2 * b * hidden + FP32 * weight + max(forward, scaled)
 
@@ -122,7 +124,7 @@ class _Part(NamedTuple):
 
 
 def _norm(rows: int, width: int, work: Work) -> int:
-    copies = work.element_bytes if work.fused_norm else 2 * FP32
+    copies = work.element_bytes if work.fused else 2 * FP32
     return rows * (copies * width + FP32)
 
 
@@ -153,12 +155,13 @@ def _mlp(config: ModelConfig, layer: int, work: Work) -> _Part:
     tokens, rows = work.outside, work.outside * moe.experts_per_token
     # A row is gathered for its expert, and its result kept to be weighed.
     part = _swiglu(b, rows, D, moe.expert_ffn_size, 2 * b * rows * D + 16 * rows)
-    copy = FP32 * D if b < FP32 else 0
-    routing = _Part(tokens * (b * D + copy + 2 * FP32 * moe.experts), 0, 0)
+    routing = _Part(tokens * (FP32 * D + 2 * FP32 * moe.experts), 0, 0)
     if not moe.shared_experts:
         return part.plus(routing)
+    # In fp32 on a rank of its own, their input is the router's.
+    inputs = gathered if work.tensor > 1 or b < FP32 else 0
     width = moe.shared_experts * moe.expert_ffn_size // work.tensor
-    return part.plus(routing).plus(_swiglu(b, work.inside, D, width, gathered if work.tensor > 1 else 0))
+    return part.plus(routing).plus(_swiglu(b, work.inside, D, width, inputs))
 
 
 def _swiglu(b: int, rows: int, D: int, F: int, inputs: int) -> _Part:

@@ -75,7 +75,8 @@ def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches(config, config.batch.global_batch_size, data_world),
         # At stage 0 DeepSpeed's norm does not know tensor and expert parallelism, so there the engine clips.
         "gradient_clipping": config.optimizer.grad_clip if parallel.zero_stage else 0.0,
-        "zero_optimization": {"stage": parallel.zero_stage},
+        # DeepSpeed's own 500 M elements would take 2 GB of fp32, whatever the model.
+        "zero_optimization": {"stage": parallel.zero_stage, "reduce_bucket_size": 100_000_000},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW; DeepSpeed's own would be compiled at start
         "zero_force_ds_cpu_optimizer": False,  # the same with offload
         "communication_data_type": parallel.reduce_dtype,  # its default for bf16 reduces gradients in bf16

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
@@ -163,7 +164,7 @@ def squared_gradient_norms(engine: Engine) -> Iterator[tuple[nn.Parameter, Tenso
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         for parameter in engine.module.parameters():
-            yield parameter, parameter.grad.double().square().sum()
+            yield parameter, squared_norm(parameter.grad)
         return
     held = zero.fp16_groups if stage == 3 else zero.params_in_partition
     offloaded = zero.offload_optimizer if stage == 3 else zero.cpu_offload
@@ -175,7 +176,12 @@ def squared_gradient_norms(engine: Engine) -> Iterator[tuple[nn.Parameter, Tenso
             gradients = (g for g in zero.averaged_gradients[index] if not getattr(g, "_zero_padding", False))
             # Ranks beyond the last parameter hold padding alone.
             for parameter, gradient in zip(parameters, gradients, strict=False):
-                yield parameter, gradient.double().square().sum()
+                yield parameter, squared_norm(gradient)
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Squared L2 norm, fp64, without a copy of the gradient: its elements are fp32 and summed as such."""
+    return torch.linalg.vector_norm(gradient).double().square()
 
 
 def replace_norm(engine: Engine, norm: Any) -> None:

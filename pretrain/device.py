@@ -41,8 +41,18 @@ def check_device(ranks: int, precision: str) -> None:
     gpus = torch.cuda.device_count()
     if gpus and ranks > gpus:
         raise ValueError(f"--nproc {ranks}: this machine has {gpus} GPUs, and each rank needs one; use --nproc {gpus}")
-    if precision == "fp16" and not gpus and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+    if not computes_in(precision):
         raise ValueError("precision=fp16: this machine's processor does not compute in fp16; use bf16 or fp32")
+
+
+def computes_in(precision: str) -> bool:
+    """Whether this machine's device computes in a precision."""
+    return precision != "fp16" or torch.cuda.device_count() > 0 or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def hide_gpus() -> None:
+    """Let this process and those that it starts compute on the CPU. To be called before anything asks for a GPU."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def init_process_group(device: torch.device) -> None:

@@ -30,7 +30,7 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import Layout, micro_batches
 from pretrain.placement import placement
 
-FP32, FP64 = 4, 8
+FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # What DeepSpeed takes where its config says nothing, in elements; a test compares them with its own.
 DEEPSPEED_DEFAULTS = {
@@ -65,15 +65,15 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
-def rank_memory(config: RunConfig, world: int, fused_norm: bool = True) -> RankMemory:
+def rank_memory(config: RunConfig, world: int, fused: bool = True) -> RankMemory:
     """The fullest moment of the rank that holds most of `world`. Raises ValueError if the layout is impossible."""
-    return max(moments(config, world, fused_norm), key=lambda moment: moment.total)
+    return max(moments(config, world, fused), key=lambda moment: moment.total)
 
 
-def moments(config: RunConfig, world: int, fused_norm: bool = True) -> list[RankMemory]:
+def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemory]:
     """A rank's memory through a step. Raises ValueError if the layout is impossible.
 
-    fused_norm: as on a GPU; see `model.activations.Work`.
+    fused: as on a GPU; see `model.activations.Work`.
     """
     layout, parallel = Layout.of(config, world), config.parallel
     zero = DEEPSPEED_DEFAULTS | deepspeed_config(config, layout.data)["zero_optimization"]
@@ -87,7 +87,7 @@ def moments(config: RunConfig, world: int, fused_norm: bool = True) -> list[Rank
         host, weights = host + held.share_bytes, weights - held.share_bytes
     return [
         RankMemory(name, weights, gradients, optimizer, activations, buffers, host)
-        for name, gradients, activations, buffers in _comings_and_goings(config, layout, held, zero, fused_norm)
+        for name, gradients, activations, buffers in _comings_and_goings(config, layout, held, zero, fused)
     ]
 
 
@@ -126,13 +126,13 @@ def _held(config: RunConfig, layout: Layout, zero: dict[str, Any]) -> _Held:
 
 
 def _comings_and_goings(
-    config: RunConfig, layout: Layout, held: _Held, zero: dict[str, Any], fused_norm: bool
+    config: RunConfig, layout: Layout, held: _Held, zero: dict[str, Any], fused: bool
 ) -> list[tuple[str, int, int, int]]:
     """(moment, gradients, activations, buffers), bytes."""
     parallel, batch, stage = config.parallel, config.batch, config.parallel.zero_stage
     b, on_the_way = ELEMENT_BYTES[config.precision], 2 if parallel.reduce_dtype == "bf16" else FP32
     tokens = batch.micro_batch_size * config.data.sequence_length
-    work = Work(tokens, config.data.sequence_length, b, layout.tensor, layout.sequence, fused_norm)
+    work = Work(tokens, config.data.sequence_length, b, layout.tensor, layout.sequence, fused)
     kept, recomputed = activation_bytes(
         config.model, work, parallel.activation_checkpointing, parallel.activation_checkpointing_every
     )
@@ -149,12 +149,13 @@ def _comings_and_goings(
     copies = flushed * (staged_bytes + (on_the_way if stage in (1, 2) and on_the_way != staged_bytes else 0))
     reuse = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]
     gathered = b * min(held.parameters, reuse) if stage == 3 else 0
-    # Stages 1 and 2 make the bucket in the course of each backward pass, stage 3 has it always.
-    always = gathered + (bucket if stage == 3 else 0)
+    # Stage 3 has the bucket always. Stages 1 and 2 make it as backward begins and let go of it once all is reduced:
+    # stage 2 in each backward pass, stage 1 in a step's last one.
+    always = gathered + (bucket if stage == 3 or (stage == 1 and accumulates) else 0)
 
     left = int(kept * (1 - flushed / held.parameters)) if stage >= 2 else 0
     shares = FP32 * held.share if stage == 1 else 0
-    step = max(FP32 * min(held.share, zero["sub_group_size"]) if stage else 0, 2 * FP64 * min(held.largest, held.share))
+    step = FP32 * min(held.share, zero["sub_group_size"]) if stage else 0
     return [
         ("loss", before, kept, always + loss_bytes(config.model, work)),
         ("backward", before, kept + recomputed, gathered + bucket + (b + FP32) * held.head),

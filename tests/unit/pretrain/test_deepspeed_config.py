@@ -45,8 +45,8 @@ def test_a_contradiction_is_refused(section: str, path: str, remedy: str) -> Non
 
 
 def test_what_is_derived_is_guarded() -> None:
-    """Each key that is derived cannot be set to something else."""
+    """Each key that is derived and is not a matter of speed cannot be set to something else."""
     config = small_config("precision=bf16", "parallel={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}")
     told = deepspeed_config(config, 1)
     keys = {*told, *(f"zero_optimization.{key}" for key in told["zero_optimization"])} - {"zero_optimization"}
-    assert keys - {"steps_per_print"} <= set(INSTEAD) | set(UNSUPPORTED)
+    assert keys - {"steps_per_print", "zero_optimization.reduce_bucket_size"} <= set(INSTEAD) | set(UNSUPPORTED)

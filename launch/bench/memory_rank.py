@@ -1,0 +1,107 @@
+"""One rank of `steppe bench memory`: `python -P -m launch.bench.memory_rank CONFIG.json STEPS FOLDER`.
+
+Of the last step every allocation and release of torch's allocator is recorded and added up in the order of time, from
+what tensors hold when it begins. That is what `torch.cuda.max_memory_allocated` counts on a GPU. The resident set is
+reported beside it: besides tensors it has what the C library does not give back, gloo's buffers and what libraries
+load, and lacks what was allocated and never touched.
+"""
+
+import gc
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from data_pipeline.batch import Batch, make_batch
+from pretrain.config import RunConfig
+from pretrain.device import detect, init_process_group, peak_memory_bytes
+from pretrain.engine import agree, build_engine
+from pretrain.layout import micro_batches
+from pretrain.parallel_dims import ParallelDims
+
+
+def main() -> None:
+    """Train some steps on random tokens; leave `rank_N.json` in the folder."""
+    # What DeepSpeed prints must not end up among the answers of `--json`.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    steps, folder = int(sys.argv[2]), Path(sys.argv[3])
+    device = detect()
+    init_process_group(device)
+    dims = ParallelDims.of_this_rank(config)
+    resident_before = _resident_bytes()
+    engine = build_engine(config, device, dims)
+    for step in range(steps - 1):
+        agree(engine.train_step(_batches(config, dims, step), lr=config.optimizer.lr))
+    before = _live_storages()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        agree(engine.train_step(_batches(config, dims, steps - 1), lr=config.optimizer.lr))
+    # A GPU's allocator keeps the count itself.
+    peak = peak_memory_bytes(device) if device.type == "cuda" else _peak_bytes(before, recorded)
+    result = {
+        "peak_bytes": peak,
+        "resident_bytes": _resident_bytes() - resident_before,
+    }
+    (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def _batches(config: RunConfig, dims: ParallelDims, step: int) -> list[Batch]:
+    """Random tokens of this rank's micro-batches; each target counts."""
+    shape = (config.batch.micro_batch_size, config.data.sequence_length + 1)
+    random = np.random.default_rng((config.seed, step, dims.data_rank))
+    count = micro_batches(config, config.batch.global_batch_size, dims.data_world)
+    windows = (random.integers(0, config.model.vocab_size, shape) for _ in range(count))
+    return [make_batch(window, bos_id=None, eos_id=-1, document_mask=False) for window in windows]
+
+
+def _live_storages() -> dict[int, int]:
+    """Bytes of every tensor's memory by its address. Between steps nothing is held by autograd alone."""
+    gc.collect()
+    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}
+
+
+def _peak_bytes(sizes: dict[int, int], recorded: profile) -> int:
+    """The most that was allocated at a time, beginning with `sizes` by address.
+
+    What another thread releases, as gloo's do, is not recorded: an address that is given out again was released.
+    """
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    events = _with_children(recorded.profiler.kineto_results.experimental_event_tree())
+    allocations = (event for event in events if event.tag == _EventType.Allocation)
+    sizes, held = dict(sizes), sum(sizes.values())
+    peak = held
+    for event in sorted(allocations, key=lambda event: event.start_time_ns):
+        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
+        held -= sizes.pop(address, 0)
+        if size > 0:
+            sizes[address] = size
+            held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _with_children(events: list[Any]) -> Iterator[Any]:
+    for event in events:
+        yield event
+        yield from _with_children(event.children)
+
+
+def _resident_bytes() -> int:
+    """The most this process has had in memory so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""A step at a layout of any size, in one process: `python -P -m pretrain.rehearse CONFIG WORLD RANK...`.
+
+The process is one rank after another of a group whose other ranks do not exist: a collective returns at once, with the
+rank's own values where those of others belong. So what is computed means nothing, but groups are made, parameters
+placed, buffers partitioned and exchanged as on the real ranks, and what does not divide fails here as it would there.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from data_pipeline.batch import Batch, make_batch
+from pretrain.config import RunConfig
+from pretrain.deepspeed_zero import without_others
+from pretrain.device import detect
+from pretrain.engine import agree, build_engine
+from pretrain.layout import micro_batches
+from pretrain.parallel_dims import ParallelDims
+from pretrain.recipe import load_config
+from pretrain.schedule import batch_size_at
+
+
+def step_as(rank: int, world: int, config: RunConfig) -> int:
+    """Build this rank's part of the run among `world` ranks, and make one step and one validation forward with it.
+    Returns how many elements of parameters (and buffers) the rank updates.
+
+    Raises whatever is wrong with it. The process must be in no process group, and is in none afterwards.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        dims = ParallelDims.of_this_rank(config)
+        engine = build_engine(config, detect(), dims)
+        count = micro_batches(config, batch_size_at(config, tokens=0), dims.data_world)
+        batches = [random_batch(config, index) for index in range(count)]
+        with without_others():
+            agree(engine.train_step(batches, config.optimizer.lr))
+            engine.validation_nll(batches[0])
+        return sum(piece.box.numel for piece in engine.pieces())
+    finally:
+        dist.destroy_process_group()
+
+
+def random_batch(config: RunConfig, index: int) -> Batch:
+    """A micro-batch of random tokens, in two documents a sequence."""
+    B, T = config.batch.micro_batch_size, config.data.sequence_length
+    windows = np.random.default_rng([config.seed, index]).integers(1, config.model.vocab_size, (B, T + 1))
+    windows[:, T // 2] = eos_id = 0
+    return make_batch(windows, bos_id=None, eos_id=eos_id, document_mask=config.model.document_mask)
+
+
+def main() -> None:
+    """A line for each rank; one that fails ends the process with its traceback."""
+    path, world, *ranks = sys.argv[1:]
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+    torch.set_num_threads(1)
+    config = load_config(Path(path))
+    for rank in ranks:
+        print(f"rank {rank} of {world} made its step: {step_as(int(rank), int(world), config)} elements are its own")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""`steppe bench memory`: what is measured is what was accounted."""
+
+import pytest
+
+from launch.bench.memory import MODES, STAGES, run
+
+
+def test_the_default_is_the_whole_table() -> None:
+    assert list(STAGES) == [0, 1, 2, 3]
+    assert MODES == ("none", "selective", "full")
+
+
+@pytest.mark.slow
+def test_measured_is_near_accounted() -> None:
+    result = run(2, 2, 128, 256, 4, stages=[2], overrides=["precision=bf16"], modes=("none",))
+    (setting,) = result["settings"]
+    assert setting["zero_stage"] == 2
+    assert setting["resident_bytes"] > 0
+    assert setting["ratio"] == pytest.approx(1, abs=0.1)
