@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
 from math import ceil
-from typing import Any
+from typing import Any, get_args
 
 from launch.gpus import Gpu
 from model.accounting import flops_per_token, parameter_counts
-from pretrain.config import RunConfig
+from pretrain.config import Recompute, RunConfig
 from pretrain.layout import Layout, batch_sizes, micro_batches
 from pretrain.memory import RankMemory, moments, rank_memory
 from pretrain.recipe import apply_overrides, validated
@@ -151,7 +151,7 @@ def nearest_fit(config: RunConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> 
 
 def _changes(config: RunConfig, gpus_per_node: int, world: int) -> Iterator[list[str]]:
     """`--set` words of every layout that is reached by raising what saves memory, the cheapest first."""
-    parallel, modes = config.parallel, ("none", "selective", "full")
+    parallel, modes = config.parallel, get_args(Recompute)
     experts = config.model.moe.experts if config.model.moe is not None else 1
     # The dearest first: the last of a product turns fastest.
     values: dict[str, list[Any]] = {

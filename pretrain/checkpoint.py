@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.parameters import buffer_shapes
 from pretrain.boxes import Box, common, slices
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
@@ -283,13 +284,18 @@ def load_checkpoint(checkpoint: Path, engine: Engine, group: dist.ProcessGroup |
     return TrainState.from_state_dict(index.trainer)
 
 
-def read_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The fp32 weights under their logical names, whole, on the CPU: what evaluation and export need."""
+def read_weights(checkpoint: Path, kind: str = "fp32") -> dict[str, Tensor]:
+    """The fp32 weights under their logical names, whole, on the CPU: what evaluation and export need.
+
+    kind: another kind of state, such as `exp_avg`, of the parameters; buffers have none.
+    """
     index = read_index(checkpoint)
     reader = _Reader(checkpoint, index)
     weights = {}
     for name, entry in index.parameters.items():
+        if kind != "fp32" and name in buffer_shapes(index.model):
+            continue
         shape = tuple(entry["shape"])
         weights[name] = torch.empty(shape)
-        reader.read(name, shape, Box((0,) * len(shape), shape), {"fp32": weights[name]})
+        reader.read(name, shape, Box((0,) * len(shape), shape), {kind: weights[name]})
     return weights

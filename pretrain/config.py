@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from data_pipeline.config import DataConfig, SourceConfig
 from model.config import ModelConfig
 
+# What activation checkpointing recomputes; `pretrain/activation_checkpointing.py` says what that is.
+Recompute = Literal["none", "selective", "full"]
+
 
 class Section(BaseModel):
     """A section of the tree: immutable, and a key that it does not know is an error."""
@@ -126,7 +129,7 @@ class ScheduleConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the same model is laid out over ranks. Nothing here changes what is learned.
+    """How the same model is laid out over ranks. Nothing here changes what is learned, but for `reduce_dtype`.
 
     zero_stage: what data-parallel ranks share out: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too.
     tensor: ranks that split every matrix, the vocabulary and, between the matrices, the sequence.
@@ -144,7 +147,7 @@ class ParallelConfig(Section):
     tensor: int = Field(default=1, gt=0)
     sequence: int = Field(default=1, gt=0)
     expert: int = Field(default=1, gt=0)
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Recompute = "none"
     activation_checkpointing_every: int = Field(default=1, gt=0)
     offload_optimizer: Literal["none", "cpu"] = "none"
     offload_parameters: Literal["none", "cpu"] = "none"
@@ -270,6 +273,7 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "schedule.total_tokens": "free",
     "precision": "recorded",
     "parallel": "free",
+    "parallel.reduce_dtype": "recorded",
     "checkpoint": "free",
     "evaluation": "free",
     "deepspeed": "free",

@@ -1,5 +1,6 @@
 """DeepSpeed's JSON, derived from the recipe, into which its own `deepspeed:` section is merged last. No torch here."""
 
+import difflib
 from typing import Any
 
 from pretrain.config import RunConfig
@@ -30,51 +31,47 @@ INSTEAD = {
     "activation_checkpointing": "parallel.activation_checkpointing",
     "compile": "parallel.compile",
     "checkpoint": "checkpoint",
+    "zero_allow_untested_optimizer": "nothing",
+    "zero_force_ds_cpu_optimizer": "nothing",
     "tensorboard": "nothing: every run has a TensorBoard log",
     "zero_optimization.stage": "parallel.zero_stage",
     "zero_optimization.offload_optimizer": "parallel.offload_optimizer",
     "zero_optimization.offload_param": "parallel.offload_parameters",
     "zero_optimization.cpu_offload": "parallel.offload_optimizer",
 }
-# What would change where DeepSpeed keeps the state that checkpoints read, or the numbers that layouts agree on.
-UNSUPPORTED = (
-    "zero_optimization.zero_hpz_partition_size",
-    "zero_optimization.zero_quantized_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights",
-    "zero_optimization.zero_quantized_gradients",
-    "zero_optimization.zeropp_loco_param",
-    "zero_optimization.mics_shard_size",
-    "zero_optimization.round_robin_gradients",
-    "zero_optimization.zenflow",
-    "zero_optimization.super_offload",
-    "zero_optimization.elastic_checkpoint",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "sparse_gradients",
-    "compression_training",
-    "curriculum_learning",
-    "data_efficiency",
-    "progressive_layer_drop",
-    "eigenvalue",
-    "quantize_training",
-    "pipeline",
-    "hybrid_engine",
-    "elasticity",
-    "autotuning",
+# What a user may set: how fast, not what. Anything else could move the state that checkpoints read, or change numbers.
+ALLOWED = (
+    "comms_logger",
+    "dump_state",
+    "flops_profiler",
+    "memory_breakdown",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
 )
 
 
 def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
     """DeepSpeed's JSON for a run. Accumulation boundaries are set by the engine, so a batch ramp needs nothing here.
 
-    Raises ValueError where `deepspeed:` sets what the recipe decides elsewhere, or what would break what it promises.
+    Raises ValueError where `deepspeed:` sets what the recipe decides elsewhere, or what is not ALLOWED.
     """
     parallel = config.parallel
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
         "gradient_accumulation_steps": micro_batches(config, config.batch.global_batch_size, data_world),
-        # At stage 0 DeepSpeed's norm does not know tensor and expert parallelism, so there the engine clips.
-        "gradient_clipping": config.optimizer.grad_clip if parallel.zero_stage else 0.0,
+        "gradient_clipping": 0.0,  # the engine clips
         # DeepSpeed's own 500 M elements would take 2 GB of fp32, whatever the model.
         "zero_optimization": {"stage": parallel.zero_stage, "reduce_bucket_size": 100_000_000},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW; DeepSpeed's own would be compiled at start
@@ -98,16 +95,19 @@ def _merged(derived: dict[str, Any], given: dict[str, Any], prefix: str = "") ->
     merged = dict(derived)
     for key, value in given.items():
         path = prefix + key
-        if path in UNSUPPORTED:
+        if path in ALLOWED:
+            merged[key] = value
+        elif path == "zero_optimization" and isinstance(value, dict):
+            merged[key] = _merged(derived[key], value, f"{path}.")
+        elif path not in INSTEAD:
+            near = difflib.get_close_matches(path, (*ALLOWED, *INSTEAD), n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"deepspeed.{path}={value!r} is not supported: checkpoints or the equality of layouts would break; "
-                "leave it out"
+                f"deepspeed.{path}={value!r} is not among what may be set: did you mean {near}? "
+                f"Those are {', '.join(ALLOWED)}"
             )
-        if path in INSTEAD and derived.get(key) != value:
+        elif derived.get(key) != value:
             raise ValueError(
                 f"deepspeed.{path}={value!r} contradicts what the recipe says elsewhere ({derived.get(key)!r}): "
                 f"leave it out and set {INSTEAD[path]}"
             )
-        nested = isinstance(value, dict) and path not in INSTEAD
-        merged[key] = _merged(derived.get(key, {}), value, f"{path}.") if nested else value
     return merged

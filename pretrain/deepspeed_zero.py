@@ -4,7 +4,7 @@ It is pinned exactly, because this file reaches into it: stages 1 and 2 through 
 stage 3 through `grad_position`; the engine's class is narrowed so that one optimizer class serves both of the former.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -184,12 +184,57 @@ def squared_norm(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient).double().square()
 
 
-def replace_norm(engine: Engine, norm: Any) -> None:
-    """Let ZeRO clip by `norm()`, the norm of the scaled gradient, instead of by its own."""
-    if engine.zero_optimization_stage() == 3:
-        engine.optimizer._get_norm_groups = lambda: [norm()]
-    elif engine.zero_optimization_stage():
-        engine.optimizer.scaled_global_norm = norm
+def replace_clipping(engine: Engine, scaled_norm: Callable[[], Tensor], factor: Callable[[], Tensor]) -> None:
+    """Let ZeRO take `scaled_norm()` for the norm of the scaled gradient, and then multiply each gradient by `factor()`.
+
+    Its own norm does not know all layouts, and it unscales by a loss scale that it may just have raised.
+    """
+    zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 3:
+        zero._get_norm_groups = lambda: [scaled_norm()]
+        zero.unscale_and_clip_grads = lambda index, _: shrink([zero.fp32_partitioned_groups_flat[index]], factor())
+    elif stage:
+        zero.scaled_global_norm = scaled_norm
+        zero.unscale_and_clip_grads = lambda gradients, _: [g.mul_(factor().to(g.device)) for g in gradients]
+
+
+def shrink(parameters: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by a factor."""
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.mul_(factor.to(parameter.grad.device))
+
+
+def loss_scale(engine: Engine) -> float:
+    """What the loss is multiplied by before backward: 1 but in fp16."""
+    return engine.optimizer.loss_scale if engine.zero_optimization_stage() else 1.0
+
+
+def forget_first_step(engine: Engine) -> None:
+    """Some of DeepSpeed's optimizers make a step at start to allocate their state: back to before it."""
+    for state in engine.basic_optimizer.state.values():
+        for value in state.values():
+            value.zero_()
+
+
+def scalars(engine: Engine) -> dict[str, Any]:
+    """Counters and the loss scale, as JSON values."""
+    steps = {int(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state}
+    assert len(steps) <= 1, f"parameter groups are at different steps: {steps}"
+    counters = {key: getattr(engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
+    scaler = vars(engine.optimizer.loss_scaler) if engine.fp16_enabled() else {}
+    sound = {key: value for key, value in scaler.items() if type(value) in (int, float, bool)}
+    return {"optimizer_steps": max(steps, default=0), "counters": counters, "loss_scaler": sound}
+
+
+def restore_scalars(engine: Engine, saved: dict[str, Any]) -> None:
+    """The inverse of `scalars`; what a checkpoint of another engine lacks stays."""
+    for state in engine.basic_optimizer.state.values():
+        state["step"].fill_(saved["optimizer_steps"])
+    for key, value in saved.get("counters", {}).items():
+        setattr(engine, key, value)
+    if engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(saved.get("loss_scaler", {}))
 
 
 def renew_parameters(engine: Engine) -> None:

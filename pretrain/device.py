@@ -1,7 +1,6 @@
 """The one file that names cuda, cpu, nccl and gloo: which device this rank has, and how fast its peak is."""
 
 import os
-import resource
 import time
 
 import torch
@@ -113,4 +112,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory this rank has held: on its GPU, or in its address space."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most of this process that has been in memory.
+
+    Not getrusage's ru_maxrss, which in a new process begins with what the process that started it held.
+    """
+    with open("/proc/self/status", encoding="ascii") as lines:
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024

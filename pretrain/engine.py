@@ -141,8 +141,9 @@ def global_valid_tokens(batches: Sequence[Batch], device: torch.device, ranks_pe
     return (count / ranks_per_sample).clamp(min=1)
 
 
-def balance_experts(decoder: Decoder) -> Tensor | None:
-    """The experts' load since the last call over all ranks, (layers, E), after it has moved the routers' biases."""
+def balance_experts(decoder: Decoder, grad_norm: Tensor) -> Tensor | None:
+    """The experts' load since the last call over all ranks, (layers, E), after it has moved the routers' biases; but
+    not where the gradient overflowed, and the step moved nothing else."""
     layers = [module for module in decoder.modules() if isinstance(module, MoE)]
     if not layers:
         return None
@@ -151,7 +152,7 @@ def balance_experts(decoder: Decoder) -> Tensor | None:
         dist.all_reduce(load_LE)
     for layer, load_E in zip(layers, load_LE, strict=True):
         if layer.router.bias is not None:
-            layer.router.update_bias(load_E)
+            layer.router.update_bias(load_E * grad_norm.isfinite())
     return load_LE
 
 

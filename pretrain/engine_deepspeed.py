@@ -34,7 +34,7 @@ from pretrain.muon_sharded import HeldBox, ShardedOrthogonalizer
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize, placements
-from pretrain.placement import Placement
+from pretrain.placement import Placement, kept_beside_zero
 from pretrain.whole_parameters import WholeParameters
 
 
@@ -51,24 +51,18 @@ class DeepSpeedEngine:
         unit.announce_experts()
         init = deepspeed_zero.zero_init(settings, unit) if config.parallel.zero_stage == 3 else None
 
-        dtype = DTYPES[config.precision]
-
-        def made(parameter: nn.Parameter, place: Placement) -> None:
-            deepspeed_zero.mark(parameter, place, unit)
-            if init is not None and parameter.dtype == dtype:
+        def made(name: str, parameter: nn.Parameter) -> None:
+            deepspeed_zero.mark(parameter, self.places[name], unit)
+            if init is not None and not kept_beside_zero(name, config):
                 deepspeed_zero.partition(parameter, init)
 
-        decoder = parallelize(config, device, dtype, dims, made)
-        apart = [name for name, p in decoder.named_parameters() if init is not None and p.dtype != dtype]
-        self.apart = WholeParameters(decoder, apart, config, dims)
+        decoder = parallelize(config, device, DTYPES[config.precision], dims, made)
+        self.apart = WholeParameters(decoder, config, dims)
         optimizer = build_optimizer(parameter_groups(decoder.named_parameters(), config.optimizer), config)
         self.engine = deepspeed_zero.build(decoder, optimizer, settings, unit)
         self._names = {parameter: name for name, parameter in decoder.named_parameters()}
-        deepspeed_zero.replace_norm(self.engine, self._scaled_grad_norm)
-        # Some of DeepSpeed's optimizers make a step at start to allocate their state: back to before the first one.
-        for state in self._basic_optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        deepspeed_zero.replace_clipping(self.engine, self._scaled_grad_norm, lambda: self._shrink)
+        deepspeed_zero.forget_first_step(self.engine)
         if isinstance(optimizer, Muon):
             optimizer.orthogonalizer = self._sharded_orthogonalizer()
         write_initial_values(self, config)
@@ -92,38 +86,42 @@ class DeepSpeedEngine:
             self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)
             nll += sums.nll
         self._grad_norm = torch.full((), torch.inf, device=self.device)  # as it stays if DeepSpeed finds an overflow
+        self._shrink = torch.ones((), device=self.device)
         self.apart.reduce_gradients()
         if self.config.parallel.zero_stage == 0:
-            self._clip()
+            self._scaled_grad_norm()
+            deepspeed_zero.shrink(self.engine.module.parameters(), self._shrink)
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        self.apart.step(lr, self._grad_norm)
-        return StepStats(self._share(nll), valid_tokens, self._grad_norm, balance_experts(self.engine.module))
+        self.apart.step(lr, self._shrink)
+        expert_load = balance_experts(self.engine.module, self._grad_norm)
+        return StepStats(self._share(nll), valid_tokens, self._grad_norm, expert_load)
 
     def _share(self, nll: Tensor) -> Tensor:
         """A loss that tensor-parallel ranks all have, counted once."""
         return nll if self.dims.index("tensor") == 0 else torch.zeros_like(nll)
 
     def _scaled_grad_norm(self) -> Tensor:
-        """The norm of the global gradient times the loss scale, each element of the model counted once."""
-        zero_stage = self.config.parallel.zero_stage
+        """The norm of the global gradient times the loss scale, each element of the model counted once.
+
+        Sets what goes with it: the norm itself, and the factor that unscales and clips the gradient.
+        """
+        sharded = self.config.parallel.zero_stage > 0
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for parameter, squared in deepspeed_zero.squared_gradient_norms(self.engine):
-            if self._is_writer(self.places[self._names[parameter]], sharded=bool(zero_stage)):
+            if self._is_writer(self.places[self._names[parameter]], sharded):
                 total += squared.to(self.device)
         for name, squared in self.apart.squared_gradient_norms():
             if self._is_writer(self.places[name], sharded=False):
                 total += squared
         dist.all_reduce(total)
-        norm = total.sqrt().float()
-        self._grad_norm = norm / self.engine.optimizer.loss_scale if zero_stage else norm
-        return norm
-
-    def _clip(self) -> None:
-        norm, limit = self._scaled_grad_norm(), self.config.optimizer.grad_clip
-        if limit:
-            nn.utils.clip_grads_with_norm_(self.engine.module.parameters(), limit, norm)
+        scaled, scale = total.sqrt().float(), deepspeed_zero.loss_scale(self.engine)
+        self._grad_norm = scaled / scale
+        limit = self.config.optimizer.grad_clip
+        excess = ((self._grad_norm + 1e-6) / limit).clamp(min=1) if limit else torch.ones_like(scaled)
+        self._shrink = 1 / (excess * scale)
+        return scaled
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
@@ -179,24 +177,10 @@ class DeepSpeedEngine:
 
     def scalars(self) -> dict[str, Any]:
         """See Engine."""
-        steps = {int(state["step"]) for state in self._basic_optimizer.state.values() if "step" in state}
-        assert len(steps) <= 1, f"parameter groups are at different steps: {steps}"
-        counters = {key: getattr(self.engine, key) for key in ("global_steps", "global_samples", "skipped_steps")}
-        return {"optimizer_steps": max(steps, default=0), "counters": counters, "loss_scaler": self._loss_scaler()}
-
-    def _loss_scaler(self) -> dict[str, Any]:
-        scaler = getattr(self.engine.optimizer, "loss_scaler", None) if self.config.precision == "fp16" else None
-        return (
-            {key: value for key, value in vars(scaler).items() if type(value) in (int, float, bool)} if scaler else {}
-        )
+        return deepspeed_zero.scalars(self.engine)
 
     def restored(self, scalars: dict[str, Any]) -> None:
         """See Engine."""
-        for state in self._basic_optimizer.state.values():
-            state["step"].fill_(scalars["optimizer_steps"])
         self.apart.restored(scalars["optimizer_steps"])
-        for key, value in scalars.get("counters", {}).items():
-            setattr(self.engine, key, value)
-        if self.config.precision == "fp16":
-            vars(self.engine.optimizer.loss_scaler).update(scalars.get("loss_scaler", {}))
+        deepspeed_zero.restore_scalars(self.engine, scalars)
         deepspeed_zero.renew_parameters(self.engine)

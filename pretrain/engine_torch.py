@@ -58,7 +58,7 @@ class TorchEngine:
             group["lr"] = lr
         self.optimizer.step()
         self._copy_masters()
-        return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder))
+        return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder, grad_norm))
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:

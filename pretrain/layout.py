@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from model.config import padded_vocab_size
+from model.config import has_experts, padded_vocab_size
 from pretrain.config import BatchConfig, RunConfig
 
 # tensor       hold one shard of each matrix each, and between the matrices a part of the sequence
@@ -117,46 +117,60 @@ def check_layout(config: RunConfig, world: int) -> None:
 
 def check_degrees(config: RunConfig) -> None:
     """Raise ValueError where the model cannot be split as `config.parallel` says, on any number of ranks."""
+    violation = _violation(config)
+    if violation is None:
+        return
+    axis, broken = violation
+    degree = getattr(config.parallel, axis)
+    fitting = [
+        smaller
+        for smaller in range(1, min(degree, MOST_SHARES))
+        if _violation(_with_degree(config, axis, smaller)) is None
+    ]
+    use = (
+        f"use {'one of ' if len(fitting) > 1 else ''}{', '.join(map(str, fitting))}"
+        if fitting
+        else "change the other degrees"
+    )
+    raise ValueError(f"parallel.{axis}={degree} {broken}: {use}")
+
+
+# No model has more heads than this to share out; it bounds the search for a remedy.
+MOST_SHARES = 1024
+
+
+def _violation(config: RunConfig) -> tuple[Literal["tensor", "sequence", "expert"], str] | None:
+    """The degree that cannot be and which rule it breaks, or None."""
     model, T, S = config.model, config.parallel.tensor, config.parallel.sequence
-    sizes = {
-        "num_heads": model.num_heads,
-        "ffn_size": model.ffn_size,
-        "vocab_size (padded)": padded_vocab_size(model.vocab_size),
-    }
+    sizes = {"num_heads": model.num_heads, "vocab_size (padded)": padded_vocab_size(model.vocab_size)}
+    if not all(has_experts(model, layer) for layer in range(model.num_layers)):
+        sizes["ffn_size"] = model.ffn_size
     if model.moe is not None and model.moe.shared_experts:
         sizes["moe.shared_experts * expert_ffn_size"] = model.moe.shared_experts * model.moe.expert_ffn_size
     for key, size in sizes.items():
         if size % T:
-            raise ValueError(
-                f"parallel.tensor={T} does not divide model.{key}={size}: "
-                f"use one of {', '.join(map(str, _divisors(T, *sizes.values())))}"
-            )
+            return "tensor", f"does not divide model.{key}={size}"
     if model.num_kv_heads % T and T % model.num_kv_heads:
-        raise ValueError(
-            f"parallel.tensor={T} neither divides model.num_kv_heads={model.num_kv_heads} nor is a multiple of it, so "
-            "ranks cannot share key and value heads evenly: choose a divisor or a multiple"
+        return "tensor", (
+            f"neither divides model.num_kv_heads={model.num_kv_heads} nor is a multiple of it, so ranks cannot share "
+            "key and value heads evenly"
         )
     if (model.num_heads // T) % S:
-        raise ValueError(
-            f"parallel.sequence={S} does not divide the {model.num_heads // T} query heads that parallel.tensor={T} "
-            f"leaves each rank of model.num_heads={model.num_heads}: attention is split by heads; use a smaller degree"
+        return "sequence", (
+            f"does not divide the {model.num_heads // T} query heads that parallel.tensor={T} leaves each rank of "
+            f"model.num_heads={model.num_heads}, and attention is split by heads"
         )
-    length = config.data.sequence_length
-    if length % (T * S):
-        raise ValueError(
-            f"data.sequence_length={length} is not a multiple of parallel.tensor={T} times parallel.sequence={S}, "
-            f"which split it: use a multiple of {T * S}"
+    if config.data.sequence_length % (T * S):
+        return "sequence" if S > 1 else "tensor", (
+            f"does not go with data.sequence_length={config.data.sequence_length}, which parallel.tensor={T} times "
+            f"parallel.sequence={S} split and which is to be a multiple of {T * S}"
         )
-    expert = config.parallel.expert
-    if expert > 1 and model.moe is None:
-        raise ValueError(f"parallel.expert={expert} needs experts, and model.moe is not set: set parallel.expert to 1")
-    if model.moe is not None and model.moe.experts % expert:
-        raise ValueError(
-            f"parallel.expert={expert} does not divide model.moe.experts={model.moe.experts}: "
-            f"use one of {', '.join(map(str, _divisors(expert, model.moe.experts)))}"
-        )
+    if config.parallel.expert > 1 and model.moe is None:
+        return "expert", "needs experts, and model.moe is not set"
+    if model.moe is not None and model.moe.experts % config.parallel.expert:
+        return "expert", f"does not divide model.moe.experts={model.moe.experts}"
+    return None
 
 
-def _divisors(largest: int, *sizes: int) -> list[int]:
-    """Degrees up to `largest` that divide every size."""
-    return [degree for degree in range(1, min(largest, *sizes) + 1) if all(size % degree == 0 for size in sizes)]
+def _with_degree(config: RunConfig, axis: str, degree: int) -> RunConfig:
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={axis: degree})})

@@ -7,7 +7,7 @@ P parameters of a rank (its share under tensor and expert parallelism), N ranks 
     optimizer    AdamW's two moments, 8, or Muon's one, 4; and from stage 1 on fp32 masters, 4 (in fp32 too: DeepSpeed
                  copies): P of them at stage 0, P / N otherwise
     gradients    fp32: 4 P at stages 0 and 1, 4 P / N at stages 2 and 3
-    activations  see `model/activations.py`
+    activations  see `pretrain/activations.py`
     buffers      what DeepSpeed reduces gradients through, ZeRO 3's gathered parameters, the head's loss
 
 (Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054, section 3, has 2 + 2 + 12 bytes a parameter; here gradients are fp32.)
@@ -22,13 +22,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, NamedTuple
 
-from model.activations import Work, activation_bytes, loss_bytes
 from model.config import padded_vocab_size
 from model.parameters import keeps_fp32, parameter_shapes
+from pretrain.activations import Work, activation_bytes, loss_bytes
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import Layout, micro_batches
-from pretrain.placement import placement
+from pretrain.placement import kept_beside_zero, placement
 
 FP32 = 4
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -73,7 +73,7 @@ def rank_memory(config: RunConfig, world: int, fused: bool = True) -> RankMemory
 def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemory]:
     """A rank's memory through a step. Raises ValueError if the layout is impossible.
 
-    fused: as on a GPU; see `model.activations.Work`.
+    fused: as on a GPU; see `pretrain.activations.Work`.
     """
     layout, parallel = Layout.of(config, world), config.parallel
     zero = DEEPSPEED_DEFAULTS | deepspeed_config(config, layout.data)["zero_optimization"]
@@ -81,8 +81,10 @@ def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemor
     weights, optimizer, host = held.weights, held.optimizer, 0
     if parallel.offload_optimizer == "cpu":
         # The fp32 gradients of the share wait beside the masters; stages 1 and 2 go through a copy of the weights, too.
-        host += optimizer + FP32 * held.share + (held.share_bytes if parallel.zero_stage < 3 else 0)
-        optimizer = 0
+        host += (
+            optimizer - 2 * FP32 * held.apart + FP32 * held.share + (held.share_bytes if parallel.zero_stage < 3 else 0)
+        )
+        optimizer = 2 * FP32 * held.apart
     if parallel.offload_parameters == "cpu":
         host, weights = host + held.share_bytes, weights - held.share_bytes
     return [
@@ -94,7 +96,7 @@ def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemor
 class _Held(NamedTuple):
     """What a rank holds all the time. Elements: `parameters` of its tensor and expert shards, `share` its ZeRO share of
     them, `largest` of one parameter, `head` of the head's weight. Bytes: `weights`, `share_bytes` of the share's
-    weights, `optimizer`."""
+    weights, `optimizer`. `apart`: elements of what is held whole beside ZeRO 3."""
 
     parameters: int
     share: int
@@ -103,14 +105,18 @@ class _Held(NamedTuple):
     weights: int
     share_bytes: int
     optimizer: int
+    apart: int
 
 
 def _held(config: RunConfig, layout: Layout, zero: dict[str, Any]) -> _Held:
     stage, muon = config.parallel.zero_stage, config.optimizer.name == "muon"
-    parameters = share = largest = weights = share_bytes = optimizer = 0
+    parameters = share = largest = weights = share_bytes = optimizer = apart = 0
     for name, shape in parameter_shapes(config.model).items():
         place = placement(name, shape, layout, rank=0)
         elements = place.box.numel
+        if kept_beside_zero(name, config):  # its master is the weight itself
+            apart += elements
+            continue
         own = ceil(elements / len(layout.group_of(0, place.replicas))) if stage else elements
         b = FP32 if keeps_fp32(name) else ELEMENT_BYTES[config.precision]
         whole = stage < 3 or elements <= zero["stage3_param_persistence_threshold"]
@@ -122,7 +128,8 @@ def _held(config: RunConfig, layout: Layout, zero: dict[str, Any]) -> _Held:
             + (FP32 if muon and len(shape) > 1 and name.startswith("layers.") and not keeps_fp32(name) else 2 * FP32)
         )
     head = padded_vocab_size(config.model.vocab_size) // layout.tensor * config.model.hidden_size
-    return _Held(parameters, share, largest, head, weights, share_bytes, optimizer)
+    weights, optimizer = weights + FP32 * apart, optimizer + 2 * FP32 * apart
+    return _Held(parameters, share, largest, head, weights, share_bytes, optimizer, apart)
 
 
 def _comings_and_goings(
@@ -139,6 +146,7 @@ def _comings_and_goings(
     gradients = FP32 * (held.share if stage >= 2 else held.parameters)
     if stage == 3 and parallel.offload_optimizer != "none":
         gradients = 0
+    gradients += FP32 * held.apart
     accumulates = micro_batches(config, batch.global_batch_size, layout.data) > 1
     before = gradients if accumulates or stage == 3 else 0
 

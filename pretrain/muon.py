@@ -83,8 +83,10 @@ class Muon(torch.optim.AdamW):
             if group["algorithm"] == "muon":
                 self._muon_step(group)
         self.param_groups = [group for group in groups if group["algorithm"] == "adamw"]
-        super().step()
-        self.param_groups = groups
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups
 
     def _muon_step(self, group: dict[str, Any]) -> None:
         parameters, lr = group["params"], group["lr"]

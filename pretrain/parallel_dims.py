@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.config import RunConfig
 from pretrain.layout import AXES, Axis, Layout
@@ -25,6 +26,9 @@ class ParallelDims:
     def of_this_rank(cls, config: RunConfig) -> "ParallelDims":
         """Make the groups of this rank's axes. Collective; one rank without a process group is a layout too.
 
+        Every rank makes one group an axis, of the same size and in the same order: NCCL splits a communicator, which
+        all of its ranks must enter together.
+
         Raises ValueError if the ranks there are cannot be laid out as the config says.
         """
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -37,6 +41,11 @@ class ParallelDims:
             if ranks not in made:  # equal ranges are equal groups; only the members take part in making one
                 made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
         return cls(layout, rank, {axis: made[layout.group_of(rank, axis)] for axis in AXES})
+
+    def all_reduce(self, tensor: Tensor, axis: Axis) -> None:
+        """Sum over an axis, in place; nothing where this rank is alone on it, for which torch would take the world."""
+        if self.groups[axis] is not None:
+            dist.all_reduce(tensor, group=self.groups[axis])
 
     @property
     def data_rank(self) -> int:

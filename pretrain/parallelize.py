@@ -38,7 +38,7 @@ def parallelize(
     device: torch.device,
     dtype: torch.dtype,
     dims: ParallelDims,
-    made: Callable[[nn.Parameter, Placement], None] = lambda parameter, place: None,
+    made: Callable[[str, nn.Parameter], None] = lambda name, parameter: None,
 ) -> Decoder:
     """This rank's part of the run's decoder on `device`, its values undefined. Norms, matrices and activations are in
     `dtype`, routers in fp32.
@@ -56,7 +56,7 @@ def parallelize(
         setattr(decoder.get_submodule(module), attribute, own)
         if (copies := places[name].copies) is not None:
             own.register_hook(_summed_over(dims.groups[copies]))
-        made(own, places[name])
+        made(name, own)
         del parameter
     for name, buffer in list(decoder.named_buffers()):
         module, _, attribute = name.rpartition(".")

@@ -9,8 +9,9 @@ are split by expert parallelism alone, whole experts on each rank.
 
 from dataclasses import dataclass
 
-from model.parameters import is_expert
+from model.parameters import is_expert, keeps_fp32
 from pretrain.boxes import Box, Index
+from pretrain.config import RunConfig
 from pretrain.layout import Axis, Layout
 
 # The dimension of the weight (out features, in features) that is split; None: not split.
@@ -74,6 +75,12 @@ def placement(name: str, shape: Index, layout: Layout, rank: int) -> Placement:
     index = layout.group_of(rank, "tensor").index(rank) // copies
     box = _share(shape, dimension, layout.tensor // copies, index)
     return Placement(shape, box, "kv_head" if copies > 1 else None, "token")
+
+
+def kept_beside_zero(name: str, config: RunConfig) -> bool:
+    """Whether each rank holds a parameter whole at ZeRO 3, which keeps all parameters in one dtype: a router's weight,
+    in fp32 beside a model that is not."""
+    return keeps_fp32(name) and config.parallel.zero_stage == 3 and config.precision != "fp32"
 
 
 def _share(shape: Index, dimension: int, parts: int, index: int) -> Box:

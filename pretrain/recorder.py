@@ -21,6 +21,10 @@ STEP_SCALARS = {
 }
 
 
+# Steps from one record of every expert's load to the next: it can be thousands of numbers.
+EXPERT_LOAD_EVERY = 100
+
+
 class Recorder(Protocol):
     """What the loop tells."""
 
@@ -55,14 +59,22 @@ class RunRecorder:
     def __init__(self, run_dir: RunDir, first_step: int, total_steps: int | None, total_tokens: int | None) -> None:
         self.events = open_events(run_dir)
         self.tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
+        self.first = True  # of this attempt's steps
         self.progress = StepProgress(first_step, total_steps, total_tokens)
 
-    def step(self, **event: Any) -> None:
+    def step(self, expert_load: dict[int, list[int]] | None = None, **event: Any) -> None:
+        step = event["step"]
+        if expert_load:
+            busiest = {layer: max(pairs) * len(pairs) / sum(pairs) for layer, pairs in expert_load.items()}
+            event["expert_load_max_over_mean"] = busiest
+            for layer, ratio in busiest.items():
+                self.tensorboard.add_scalar(f"experts/layer_{layer}_max_over_mean", ratio, step)
+            if step % EXPERT_LOAD_EVERY == 0 or self.first:
+                self._expert_load(expert_load, step)
+        self.first = False
         self._write("step", event)
         for key, name in STEP_SCALARS.items():
-            self.tensorboard.add_scalar(name, event[key], event["step"])
-        for layer, pairs in event.get("expert_load", {}).items():
-            self._expert_load(layer, pairs, event["step"])
+            self.tensorboard.add_scalar(name, event[key], step)
         self.progress.step(event)
 
     def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
@@ -83,22 +95,22 @@ class RunRecorder:
         self.tensorboard.close()
         self.events.close()
 
-    def _expert_load(self, layer: int, pairs: list[int], step: int) -> None:
-        """A layer's load: of the busiest expert against the mean, and of each expert, as a histogram whose bars are
-        the experts."""
-        self.tensorboard.add_scalar(f"experts/layer_{layer}_max_over_mean", max(pairs) * len(pairs) / sum(pairs), step)
-        ids = range(len(pairs))
-        self.tensorboard.add_histogram_raw(
-            f"experts/layer_{layer}_pairs_by_expert",
-            min=0,
-            max=len(pairs) - 1,
-            num=sum(pairs),
-            sum=sum(i * n for i, n in zip(ids, pairs, strict=True)),
-            sum_squares=sum(i * i * n for i, n in zip(ids, pairs, strict=True)),
-            bucket_limits=[i + 0.5 for i in ids],
-            bucket_counts=pairs,
-            global_step=step,
-        )
+    def _expert_load(self, expert_load: dict[int, list[int]], step: int) -> None:
+        """Token-expert pairs of each expert: as an event, and as histograms whose bars are the experts of a layer."""
+        self._write("expert_load", {"step": step, "pairs": expert_load})
+        for layer, pairs in expert_load.items():
+            ids = range(len(pairs))
+            self.tensorboard.add_histogram_raw(
+                f"experts/layer_{layer}_pairs_by_expert",
+                min=0,
+                max=len(pairs) - 1,
+                num=sum(pairs),
+                sum=sum(i * n for i, n in zip(ids, pairs, strict=True)),
+                sum_squares=sum(i * i * n for i, n in zip(ids, pairs, strict=True)),
+                bucket_limits=[i + 0.5 for i in ids],
+                bucket_counts=pairs,
+                global_step=step,
+            )
 
     def _write(self, kind: str, event: dict[str, Any]) -> None:
         self.events.write(event_line(kind, event))

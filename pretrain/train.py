@@ -213,9 +213,5 @@ class Meter:
             data_seconds=status.data_seconds,
             memory_bytes=status.memory_bytes,
             skipped=not status.finite,
-            **(
-                {"expert_load": dict(zip(self.expert_layers, status.expert_load, strict=True))}
-                if self.expert_layers
-                else {}
-            ),
+            expert_load=dict(zip(self.expert_layers, status.expert_load, strict=True)),
         )

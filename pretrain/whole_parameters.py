@@ -7,21 +7,21 @@ them whole, with their gradients, masters (themselves) and AdamW state, and upda
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig
+from pretrain.deepspeed_zero import shrink, squared_norm
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
+from pretrain.placement import kept_beside_zero
 
 
 class WholeParameters:
     """Parameters taken out of a module, which keeps using them as plain attributes, and their optimizer."""
 
-    def __init__(self, model: nn.Module, names: list[str], config: RunConfig, dims: ParallelDims) -> None:
-        self.config, self.dims = config, dims
-        self.parameters = {name: model.get_parameter(name) for name in names}
+    def __init__(self, model: nn.Module, config: RunConfig, dims: ParallelDims) -> None:
+        self.dims = dims
+        self.parameters = {name: p for name, p in model.named_parameters() if kept_beside_zero(name, config)}
         for name, parameter in self.parameters.items():
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
@@ -35,20 +35,19 @@ class WholeParameters:
         for parameter in self.parameters.values():
             assert parameter.grad is not None
             parameter.grad /= self.dims.size("token")
-            dist.all_reduce(parameter.grad, group=self.dims.groups["token"])
+            self.dims.all_reduce(parameter.grad, "token")
 
     def squared_gradient_norms(self) -> Iterator[tuple[str, Tensor]]:
         """(name, squared L2 norm of its reduced gradient), the same on every rank."""
         for name, parameter in self.parameters.items():
             assert parameter.grad is not None
-            yield name, torch.linalg.vector_norm(parameter.grad).double().square()
+            yield name, squared_norm(parameter.grad)
 
-    def step(self, lr: float, grad_norm: Tensor) -> None:
-        """Clip by the global norm, update, and let go of the gradients."""
+    def step(self, lr: float, factor: Tensor) -> None:
+        """Multiply gradients by what clips the global gradient, update, and let go of them."""
         if self.optimizer is None:
             return
-        if self.config.optimizer.grad_clip:
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.config.optimizer.grad_clip, grad_norm)
+        shrink(self.parameters.values(), factor)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

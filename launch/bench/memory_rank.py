@@ -9,7 +9,6 @@ load, and lacks what was allocated and never touched.
 import gc
 import json
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from data_pipeline.batch import Batch, make_batch
 from pretrain.config import RunConfig
-from pretrain.device import detect, init_process_group, peak_memory_bytes
+from pretrain.device import detect, init_process_group, peak_memory_bytes, peak_resident_bytes
 from pretrain.engine import agree, build_engine
 from pretrain.layout import micro_batches
 from pretrain.parallel_dims import ParallelDims
@@ -38,7 +37,7 @@ def main() -> None:
     device = detect()
     init_process_group(device)
     dims = ParallelDims.of_this_rank(config)
-    resident_before = _resident_bytes()
+    resident_before = peak_resident_bytes()
     engine = build_engine(config, device, dims)
     for step in range(steps - 1):
         agree(engine.train_step(_batches(config, dims, step), lr=config.optimizer.lr))
@@ -49,7 +48,7 @@ def main() -> None:
     peak = peak_memory_bytes(device) if device.type == "cuda" else _peak_bytes(before, recorded)
     result = {
         "peak_bytes": peak,
-        "resident_bytes": _resident_bytes() - resident_before,
+        "resident_bytes": peak_resident_bytes() - resident_before,
     }
     (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(result), encoding="utf-8")
     dist.destroy_process_group()
@@ -96,11 +95,6 @@ def _with_children(events: list[Any]) -> Iterator[Any]:
     for event in events:
         yield event
         yield from _with_children(event.children)
-
-
-def _resident_bytes() -> int:
-    """The most this process has had in memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """One contender of `steppe bench train`: `python -P -m launch.bench.train_contender NAME CONFIG.json`.
 
-Each trains the same shape from the same initial weights on the same batches, one micro-batch a step, and reads its loss
-at every step as a training loop does. The peer is imported here and nowhere else.
+Each trains from the same initial weights (but a dense model, which has its own) on the same batches, one micro-batch a
+step, and reads its loss at every step as a training loop does.
 """
 
 import json
@@ -12,101 +12,51 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from data_pipeline.batch import Batch, make_batch
+from data_pipeline.batch import Batch
 from launch.bench.contenders import CONTENDERS
-from model.parameters import is_decayed
+from launch.bench.dense_counterpart import dense_counterpart
+from launch.bench.random_batch import random_batch
+from launch.bench.transformers_peer import transformers_step
 from pretrain.config import RunConfig
 from pretrain.device import detect, init_process_group, peak_memory_bytes
-from pretrain.engine import agree, build_decoder, build_engine, decoder_inputs
-from pretrain.hf import config_to_hf, weights_to_hf
+from pretrain.engine import agree, build_engine
 from pretrain.parallel_dims import ParallelDims
 
-Step = Callable[[int], float]  # step number -> loss
+Step = Callable[[Batch], float]  # -> mean loss of the batch's targets before the step
+Build = Callable[[RunConfig, torch.device], tuple[Step, dict[str, Any]]]  # -> the step, and what is to be said of it
 
 
-def random_batch(config: RunConfig, step: int) -> Batch:
-    """Random tokens of a step, the same for every contender; each target counts."""
-    shape = (config.batch.micro_batch_size, config.data.sequence_length + 1)
-    windows = np.random.default_rng((config.seed, step)).integers(0, config.model.vocab_size, shape)
-    return make_batch(windows, bos_id=None, eos_id=-1, document_mask=False)
-
-
-def steppe(config: RunConfig, device: torch.device) -> Step:
+def steppe(config: RunConfig, device: torch.device) -> tuple[Step, dict[str, Any]]:
     """The product: the DeepSpeed engine, and the loop's one status read."""
     engine = build_engine(config, device, ParallelDims.of_this_rank(config))
-
-    def step(number: int) -> float:
-        return agree(engine.train_step([random_batch(config, number)], config.optimizer.lr)).loss
-
-    return step
+    return lambda batch: agree(engine.train_step([batch], config.optimizer.lr)).loss, {}
 
 
-def transformers(config: RunConfig, device: torch.device, pure_bf16: bool = False) -> Step:
-    """LlamaForCausalLM in a plain loop: its own loss, fused AdamW with the same groups, the same clipping."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    hf = config_to_hf(config.model)
-    hf_config = AutoConfig.for_model(**hf)
-    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa").to(device)
-    weights = weights_to_hf(build_decoder(config, device, torch.float32).state_dict(), config.model)
-    model.load_state_dict(weights, strict=not config.model.tie_embeddings)
-    del weights
-    model.to(torch.bfloat16 if pure_bf16 else torch.float32).train()
-    optimizer = torch.optim.AdamW(
-        decay_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=True,
-    )
-
-    def step(number: int) -> float:
-        batch = decoder_inputs(random_batch(config, number), device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=not pure_bf16):
-            loss: Tensor = model(
-                input_ids=batch["tokens_BT"], labels=batch["targets_BT"], shift_labels=batch["targets_BT"]
-            ).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The same parameters decayed and spared as ours."""
-    named = [(name.removeprefix("model."), parameter) for name, parameter in model.named_parameters()]
-    return [
-        {"params": [parameter for name, parameter in named if is_decayed(name)], "weight_decay": weight_decay},
-        {"params": [parameter for name, parameter in named if not is_decayed(name)], "weight_decay": 0.0},
-    ]
+def steppe_dense(config: RunConfig, device: torch.device) -> tuple[Step, dict[str, Any]]:
+    """The product on a model without experts that has as many active parameters."""
+    return steppe(config.model_copy(update={"model": dense_counterpart(config.model)}), device)
 
 
 def main() -> None:
-    """Answer {"steps": n} with {"seconds": .., "loss": .., "peak_memory_bytes": ..} until stdin ends."""
+    """Answer {"steps": n} with {"seconds": .., "losses": [..], "peak_memory_bytes": ..} until stdin ends."""
     # What libraries print must not end up among the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     name, config = sys.argv[1], RunConfig.model_validate_json(Path(sys.argv[2]).read_text(encoding="utf-8"))
     device = detect()
     init_process_group(device)
-    step = BUILDERS[name](config, device)
+    step, about = BUILDERS[name](config, device)
     done = 0
-    _say(answers, threads=torch.get_num_threads(), torch=torch.__version__)
+    _say(answers, threads=torch.get_num_threads(), torch=torch.__version__, about=about)
     for line in sys.stdin:
         steps = json.loads(line)["steps"]
         started = time.perf_counter()
-        for number in range(done, done + steps):
-            loss = step(number)
+        losses = [step(random_batch(config, number)) for number in range(done, done + steps)]
         seconds = time.perf_counter() - started
         done += steps
-        _say(answers, seconds=seconds, loss=loss, peak_memory_bytes=peak_memory_bytes(device))
+        _say(answers, seconds=seconds, losses=losses, peak_memory_bytes=peak_memory_bytes(device))
     torch.distributed.destroy_process_group()
 
 
@@ -115,10 +65,11 @@ def _say(answers: TextIO, **answer: Any) -> None:
     answers.flush()
 
 
-BUILDERS: dict[str, Callable[[RunConfig, torch.device], Step]] = {
+BUILDERS: dict[str, Build] = {
     "steppe": steppe,
-    "transformers": transformers,
-    "transformers-bf16": lambda config, device: transformers(config, device, pure_bf16=True),
+    "steppe-dense": steppe_dense,
+    "transformers": lambda config, device: transformers_step(config, device, pure_bf16=False),
+    "transformers-bf16": lambda config, device: transformers_step(config, device, pure_bf16=True),
 }
 assert BUILDERS.keys() == CONTENDERS.keys()
 

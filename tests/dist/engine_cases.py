@@ -35,6 +35,7 @@ LAYOUTS = {
         ("precision=fp32", "parallel={zero_stage: 3, activation_checkpointing: full}"),
     ),
     "zero3-fp32-tied": ("deepspeed", ("precision=fp32", "parallel.zero_stage=3", "model.tie_embeddings=true")),
+    "zero2-fp32-offload": ("deepspeed", ("parallel={zero_stage: 2, offload_optimizer: cpu}",)),
     "torch-fp32-tied": ("torch", ("precision=fp32", "model.tie_embeddings=true")),
     "zero1-fp32-z": ("deepspeed", ("precision=fp32", "optimizer.z_loss=1e-2")),
     "torch-fp32-z": ("torch", ("precision=fp32", "optimizer.z_loss=1e-2")),
@@ -55,6 +56,17 @@ def stepped(engine: Engine, config: RunConfig, first: int, last: int) -> list[li
     for step in range(first, last):
         batches = rank_batches(config, step, DIMS.data_rank, DIMS.data_world)
         status = agree(engine.train_step(batches, lr=1e-3 * (step + 1)))
+        curve.append([status.loss, status.grad_norm])
+    return curve
+
+
+def ramp(layout: str) -> list[list[float]]:
+    """[loss, grad_norm] of steps with ever other numbers of micro-batches: of this rank's first ones."""
+    engine, config = made(layout)
+    curve = []
+    for step in range(STEPS):
+        batches = rank_batches(config, step, DIMS.data_rank, DIMS.data_world)
+        status = agree(engine.train_step(batches[: 1 + step % 2], lr=1e-3 * (step + 1)))
         curve.append([status.loss, status.grad_norm])
     return curve
 
@@ -106,7 +118,9 @@ ACROSS = [
     ("zero3-bf16", "zero2-bf16"),
     ("zero1-fp32", "zero0-fp32"),
 ]
+RAMPED = ("torch-fp32", "torch-bf16", "zero0-fp32", "zero1-fp32", "zero2-fp32", "zero3-fp32", "zero2-fp32-offload", "zero2-bf16")
 CASES = {
+    **{f"ramp {name}": lambda name=name: ramp(name) for name in RAMPED},
     **{f"train {name}": lambda name=name: train(name) for name in LAYOUTS},
     **{f"digest {name}": lambda name=name: digest(name) for name in SAME},
     **{f"resume {a} {b}": lambda a=a, b=b: resume(a, b) for a, b in [(name, name) for name in SAME] + ACROSS},

@@ -10,9 +10,10 @@ from pretrain.device import detect
 from pretrain.engine import agree, build_engine
 from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.parallel_dims import ParallelDims, gathered
-from tests.small_run import rank_batches, small_config
+from tests.small_run import MODELS, rank_batches, small_config
 
 get_accelerator().is_fp16_supported = lambda: True
+MOE = f"model.moe={MODELS['moebias']}"
 LAYOUTS = {
     "zero1": "{zero_stage: 1}",
     "zero2-tp2": "{zero_stage: 2, tensor: 2}",
@@ -22,8 +23,8 @@ LAYOUTS = {
 }
 
 
-def engine_of(precision: str, parallel: str) -> tuple[DeepSpeedEngine, Any]:
-    config = small_config(f"precision={precision}", f"parallel={parallel}")
+def engine_of(precision: str, parallel: str, *overrides: str) -> tuple[DeepSpeedEngine, Any]:
+    config = small_config(f"precision={precision}", f"parallel={parallel}", *overrides)
     engine = build_engine(config, detect(), ParallelDims.of_this_rank(config))
     assert isinstance(engine, DeepSpeedEngine)
     return engine, config
@@ -36,17 +37,32 @@ def step(engine: DeepSpeedEngine, config: Any, number: int) -> list[float]:
     return [status.loss, status.grad_norm]
 
 
-def curve(precision: str, parallel: str) -> list[list[float]]:
-    engine, config = engine_of(precision, parallel)
+def curve(precision: str, parallel: str, *overrides: str) -> list[list[float]]:
+    engine, config = engine_of(precision, parallel, *overrides)
     found = [step(engine, config, number) for number in range(5)]
     del engine
     gc.collect()
     return found
 
 
-def overflow(parallel: str) -> dict[str, Any]:
+def growing(precision: str, parallel: str) -> list[float]:
+    """L2 norms of Adam's first moments after each of 3 steps, without clipping; in fp16 the loss scale rises on the way."""
+    engine, config = engine_of(precision, parallel, "optimizer.grad_clip=0")
+    if precision == "fp16":
+        engine.engine.optimizer.loss_scaler.scale_window = 1
+    norms = []
+    for number in range(3):
+        step(engine, config, number)
+        squares = [piece.views["exp_avg"].double().square().sum() for piece in engine.pieces() if piece.writer]
+        norms.append(sum(gathered(float(sum(squares)), dist.group.WORLD)) ** 0.5)
+    if precision == "fp16":
+        assert engine.engine.optimizer.loss_scaler.cur_scale > 2.0**16
+    return norms
+
+
+def overflow(parallel: str, *overrides: str) -> dict[str, Any]:
     """Three steps at a loss scale that overflows, then one at a sound scale."""
-    engine, config = engine_of("fp16", parallel)
+    engine, config = engine_of("fp16", parallel, *overrides)
     scaler = engine.engine.optimizer.loss_scaler
     scaler.cur_scale = 2.0**60
     before = [view.clone() for piece in engine.pieces() for view in piece.views.values()]
@@ -70,4 +86,9 @@ CASES = {
     "fp32": lambda: curve("fp32", "{zero_stage: 1}"),
     **{name: lambda parallel=parallel: curve("fp16", parallel) for name, parallel in LAYOUTS.items()},
     **{f"overflow {name}": lambda name=name: overflow(LAYOUTS[name]) for name in ("zero2-tp2", "zero3")},
+    "overflow moe": lambda: overflow(LAYOUTS["zero2-tp2"], MOE),
+    "moe": lambda: curve("fp16", "{zero_stage: 2, expert: 2}", MOE),
+    "moe fp32": lambda: curve("fp32", "{zero_stage: 1}", MOE),
+    **{f"growing {name}": lambda name=name: growing("fp16", LAYOUTS[name]) for name in ("zero1", "zero3", "zero2-offload")},
+    "growing fp32": lambda: growing("fp32", "{zero_stage: 1}"),
 }

@@ -26,9 +26,17 @@ MOE = {
     "ep2-zero3": "{expert: 2, zero_stage: 3}",
     "ep1-sp2-zero0": "{sequence: 2, zero_stage: 0}",
 }
+# Routers stay fp32, at ZeRO 3 beside what DeepSpeed holds.
+MOE_BF16 = {
+    "ep2-zero3": "{expert: 2, zero_stage: 3}",
+    "ep2-tp4-zero3": "{expert: 2, tensor: 4, zero_stage: 3}",
+    "ep2-zero2": "{expert: 2, zero_stage: 2}",
+    "tp2-zero3": "{tensor: 2, zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
+}
 FAMILIES = {
     "dense": (DENSE, ["precision=fp32"]),
     "muon": ({name: DENSE[name] for name in ("tp2-zero1", "tp2-sp2-zero0")}, ["precision=fp32", "optimizer.name=muon"]),
+    "moe-bf16": (MOE_BF16, ["precision=bf16", f"model.moe={MODELS['moe']}"]),
     "moe": (MOE, ["precision=fp32", f"model.moe={MODELS['moebias']}"]),
 }
 

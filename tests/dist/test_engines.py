@@ -60,6 +60,18 @@ def test_layout_trains_the_oracles_model(results: Any, layout: str, nproc: int) 
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
+def test_the_number_of_micro_batches_may_change_at_any_step(results: Any, nproc: int) -> None:
+    found = results(nproc)
+    ramps = {name.removeprefix("ramp "): found[name] for name in found if name.startswith("ramp ")}
+    oracle = {"fp32": torch.tensor(ramps.pop("torch-fp32")), "bf16": torch.tensor(ramps.pop("torch-bf16"))}
+    assert len(ramps) == 6
+    for layout, curve in ramps.items():
+        precision = layout.split("-")[1]
+        rtol = 1e-3 if precision == "bf16" else 1e-5
+        torch.testing.assert_close(torch.tensor(curve), oracle[precision], rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
 def test_resume_at_the_same_layout_is_exact(results: Any, nproc: int) -> None:
     """Bit for bit: every digit of the curve, every bit of the weights."""
     found = results(nproc)

@@ -5,11 +5,22 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.bench.app import app
-from launch.bench.train import run
+from launch.bench.contenders import peers_of
+from launch.bench.dense_counterpart import dense_counterpart
+from launch.bench.random_batch import random_batch
+from launch.bench.train import check_same_work, run
+from launch.bench.transformers_peer import EXPERTS, build_model
 from launch.bench.turns import Contender, Spread, ratios, take_turns
+from model.accounting import parameter_counts
+from model.config import ModelConfig
+from pretrain.engine import build_decoder, decoder_inputs
+from pretrain.recipe import load_config
 
 RECIPE = """
 name: small
@@ -19,12 +30,19 @@ batch: {global_batch_size: 4, micro_batch_size: 4}
 optimizer: {lr: 1.0e-3}
 schedule: {name: constant, total_steps: 100}
 """
+EXPERTS_OF_SMALL = "moe: {experts: 4, experts_per_token: 2, expert_ffn_size: 24}"
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> str:
     (tmp_path / "small.yaml").write_text(RECIPE)
     return str(tmp_path / "small.yaml")
+
+
+@pytest.fixture
+def moe_recipe(tmp_path: Path) -> str:
+    (tmp_path / "small-moe.yaml").write_text(RECIPE.replace("ffn_size: 64", f"ffn_size: 64, {EXPERTS_OF_SMALL}"))
+    return str(tmp_path / "small-moe.yaml")
 
 
 @pytest.mark.slow
@@ -44,13 +62,112 @@ def test_all_contenders_do_the_same_work(recipe: str) -> None:
         assert len(peer["tokens_per_second_by_round"]) == 3
         assert peer["peak_memory_bytes"] > 10**8
         # The same weights on the same tokens: in bf16 the losses are near each other, and they move.
-        assert peer["loss_after_warm_up"] == pytest.approx(ours["loss_after_warm_up"], rel=2e-3)
-        assert peer["loss_at_end"] != peer["loss_after_warm_up"]
+        for loss in ("loss_at_first_step", "loss_at_end"):
+            assert peer[loss] == pytest.approx(ours[loss], rel=2e-3)
+        assert peer["loss_at_end"] != peer["loss_at_first_step"]
+        assert peer["active_parameters"] == peer["total_parameters"] == ours["total_parameters"]
+
+
+@pytest.mark.slow
+def test_experts_run_beside_a_dense_model_and_transformers(moe_recipe: str) -> None:
+    result = run(moe_recipe, rounds=1, steps=2, sequence_length=64, micro_batch_size=4, peers=[])
+    contenders = result["contenders"]
+    assert list(contenders) == ["steppe", "steppe-dense", "transformers", "transformers-bf16"]
+    ours, dense = contenders["steppe"], contenders["steppe-dense"]
+    routers = 2 * 4 * 32
+    assert dense["total_parameters"] == dense["active_parameters"] == ours["active_parameters"] - routers
+    assert dense["ffn_size"] == 48
+    for name in ("transformers", "transformers-bf16"):
+        assert contenders[name]["class"] == "MixtralForCausalLM"
+        assert contenders[name]["experts"] in EXPERTS
+        assert contenders[name]["total_parameters"] == ours["total_parameters"]
+        assert contenders[name]["loss_at_first_step"] == pytest.approx(ours["loss_at_first_step"], rel=2e-3)
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_transformers_starts_from_our_weights(recipe: str, moe_recipe: str, experts: bool) -> None:
+    """In fp32, where a wrong weight shows."""
+    config = load_config(Path(moe_recipe if experts else recipe))
+    device = torch.device("cpu")
+    tokens = decoder_inputs(random_batch(config, 0), device)["tokens_BT"]
+    assert tokens is not None
+    theirs = build_model(config, device, torch.float32)(input_ids=tokens).logits
+    decoder = build_decoder(config, device, torch.float32)
+    torch.testing.assert_close(theirs, decoder.logits(decoder.hidden(tokens)), rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    layers=st.integers(1, 6),
+    first_layer=st.integers(0, 5),
+    layer_frequency=st.integers(1, 3),
+    experts_per_token=st.integers(2, 4),
+    shared_experts=st.integers(0, 2),
+    width=st.integers(1, 8),
+    tied=st.booleans(),
+)
+def test_a_dense_model_of_equal_active_parameters(
+    layers: int,
+    first_layer: int,
+    layer_frequency: int,
+    experts_per_token: int,
+    shared_experts: int,
+    width: int,
+    tied: bool,
+) -> None:
+    moe = {
+        "experts": 8,
+        "experts_per_token": experts_per_token,
+        "expert_ffn_size": 8 * width,
+        "shared_experts": shared_experts,
+        "first_layer": min(first_layer, layers - 1),
+        "layer_frequency": layer_frequency,
+    }
+    shape = {"hidden_size": 32, "num_layers": layers, "num_heads": 4, "num_kv_heads": 2, "ffn_size": 40}
+    model = ModelConfig.model_validate(
+        {**shape, "vocab_size": 100, "tie_embeddings": tied, "qk_norm": True, "moe": moe}
+    )
+    dense = dense_counterpart(model)
+    sparse_counts, dense_counts = parameter_counts(model), parameter_counts(dense)
+    assert ModelConfig.model_validate(dense.model_dump()) == dense
+    assert {key: dense_counts[key] for key in ("embedding", "attention", "norms", "head")} == {
+        key: sparse_counts[key] for key in ("embedding", "attention", "norms", "head")
+    }
+    difference = dense_counts["active"] - (sparse_counts["active"] - sparse_counts["router"])
+    everywhere = moe["first_layer"] == 0 and layer_frequency == 1
+    # One width for all layers, a multiple of 8: by at most 4 wrong in each, nowhere if all layers are alike.
+    assert abs(difference) <= (0 if everywhere else layers * 3 * 32 * 4)
+
+
+def test_peers_are_those_that_there_are_for_the_model() -> None:
+    dense = ModelConfig.model_validate({"preset": "tiny-10m"})
+    sparse = ModelConfig.model_validate({"preset": "tiny-moe"})
+    assert peers_of(dense, []) == ["transformers", "transformers-bf16"]
+    assert peers_of(sparse, []) == ["steppe-dense", "transformers", "transformers-bf16"]
+    assert peers_of(sparse, ["transformers", "transformers"]) == ["transformers"]
+    with pytest.raises(ValueError, match="--peer steppe-dense is for a recipe with experts"):
+        peers_of(dense, ["steppe-dense"])
 
 
 def test_an_unknown_peer_is_refused(recipe: str) -> None:
-    with pytest.raises(ValueError, match="--peer nanogpt is not known: choose from transformers"):
+    with pytest.raises(ValueError, match="--peer nanogpt is not known: choose from steppe-dense, transformers"):
         run(recipe, 1, 1, 8, 1, ["nanogpt"])
+
+
+def test_experts_that_transformers_has_not_are_refused(moe_recipe: str) -> None:
+    recipe = Path(moe_recipe)
+    recipe.write_text(recipe.read_text().replace("experts: 4", "experts: 4, shared_experts: 1"))
+    with pytest.raises(
+        ValueError, match=r"shared_experts 1 has no counterpart .*; compare with --peer steppe-dense alone"
+    ):
+        run(moe_recipe, 1, 1, 8, 1, [])
+
+
+def test_other_work_is_not_reported() -> None:
+    check_same_work({"steppe": 9.0, "transformers": 9.01})
+    for loss in (9.1, float("nan")):
+        with pytest.raises(RuntimeError, match="transformers has a loss of .* it is not the same work"):
+            check_same_work({"steppe": 9.0, "transformers": loss})
 
 
 def test_a_missing_peer_is_named_with_its_remedy(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:

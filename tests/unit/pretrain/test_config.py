@@ -33,7 +33,17 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(recipe: Path, tmp_path:
 
 
 def test_there_are_recipes_for_all_sizes() -> None:
-    assert {path.stem for path in RECIPES} == {"demo", "58m", "125m", "1b", "7b", "70b"}
+    assert {path.stem for path in RECIPES} == {
+        "demo",
+        "58m",
+        "125m",
+        "1b",
+        "7b",
+        "70b",
+        "tiny-moe",
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+    }
 
 
 BROKEN = {
@@ -48,6 +58,9 @@ BROKEN = {
     "schedule.warmup_steps=20000": "do not fit into total_steps=10000",
     "precision=bf8": "precision='bf8'",
     "parallel.zero_stage=0": "set parallel.zero_stage to 1",
+    "parallel.zero_stage=3\nprecision=fp16\nmodel.moe={experts: 4, experts_per_token: 2, expert_ffn_size: 16}": (
+        "precision=fp16 with model.moe does not go with parallel.zero_stage=3"
+    ),
     "parallel={zero_stage: 3}\noptimizer.name=muon": "updates the parts of a matrix at different times",
     "parallel.offload_optimizer=cpu\noptimizer.name=muon": "set parallel.offload_optimizer to none",
     **{f"parallel.{axis}=0": f"parallel.{axis}=0: input should be greater than 0" for axis in ("tensor", "sequence")},

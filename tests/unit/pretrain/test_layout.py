@@ -193,10 +193,10 @@ REFUSED = {
     "sequence": (
         ("parallel={tensor: 2, sequence: 2}", "data.sequence_length=22"),
         4,
-        "data.sequence_length=22 is not a multiple of parallel.tensor=2 times parallel.sequence=2, which split it: "
-        "use a multiple of 4",
+        "parallel.sequence=2 does not go with data.sequence_length=22, which parallel.tensor=2 times "
+        "parallel.sequence=2 split and which is to be a multiple of 4: use 1",
     ),
-    "no experts": (("parallel.expert=2",), 2, "model.moe is not set: set parallel.expert to 1"),
+    "no experts": (("parallel.expert=2",), 2, "model.moe is not set: use 1"),
     "experts": (
         (MOE, "parallel.expert=3"),
         3,

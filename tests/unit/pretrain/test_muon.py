@@ -120,3 +120,16 @@ def test_updates_have_the_size_of_adamws(shape: tuple[int, ...]) -> None:
 def test_a_missing_gradient_is_not_passed_over() -> None:
     with pytest.raises(AssertionError, match="without a gradient"):
         Muon([muon_group(random_parameter(4, 6))], torch.float32, **ADAMW).step()
+
+
+def test_a_step_that_fails_leaves_the_groups_whole() -> None:
+    """AdamW's part of a step is over its own groups alone; where it raises, the next step still has all."""
+    matrix, vector = random_parameter(4, 6), random_parameter(6)
+    optimizer = Muon([muon_group(matrix), adamw_group(vector)], torch.float32, **ADAMW)
+    matrix.grad, vector.grad = torch.ones(4, 6), torch.ones(6).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert [group["algorithm"] for group in optimizer.param_groups] == ["muon", "adamw"]
+    before = matrix.detach().clone()
+    train([matrix, vector], optimizer)
+    assert not torch.equal(matrix, before)

@@ -1,9 +1,12 @@
 """Process groups of a rank, over a fake backend that has as many ranks as one likes and talks to none of them."""
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -67,12 +70,47 @@ def test_groups_of_a_cluster(start: Start, world: int) -> None:
 def test_every_rank_of_1024_has_its_own_place(start: Start) -> None:
     config = cluster_config(1024)
     seen = set()
-    for rank in range(0, 1024, 7):
+    for rank in range(1024):
         start(rank, 1024)
         dims = ParallelDims.of_this_rank(config)
         assert dims.rank == rank
         seen.add((dims.data_rank, dims.index("sequence"), dims.index("tensor")))
-    assert len(seen) == len(range(0, 1024, 7))
+    assert len(seen) == 1024
+
+
+def possible_configs(world: int) -> Iterator[RunConfig]:
+    """Every layout of so many ranks, with as few, as many and more key and value heads than tensor-parallel ranks."""
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    for tensor, sequence, expert in itertools.product(divisors, repeat=3):
+        if world % (tensor * sequence) or 384 % tensor:
+            continue
+        for kv_heads in {n for n in (1, 2, tensor, 2 * tensor) if n % tensor == 0 or tensor % n == 0}:
+            yield small_config(
+                f"model={{num_heads: {math.lcm(tensor * sequence, kv_heads)}, num_kv_heads: {kv_heads}, head_size: 2}}",
+                f"model.moe={{experts: {world}, experts_per_token: 2, expert_ffn_size: 16}}",
+                f"data.sequence_length={world}",
+                f"batch={{global_batch_size: {world}, micro_batch_size: 1}}",
+                f"parallel={{tensor: {tensor}, sequence: {sequence}, expert: {expert}}}",
+            )
+
+
+@pytest.mark.parametrize("world", [6, 8, pytest.param(12, marks=pytest.mark.slow)])
+def test_ranks_make_their_groups_in_one_order(start: Start, world: int) -> None:
+    """Of groups that overlap, the ranks in both make the same one first: NCCL would wait forever otherwise. Each rank
+    makes, one after the other, groups of the same sizes and strides."""
+    layouts = 0
+    for config in possible_configs(world):
+        orders = set()
+        for rank in range(world):
+            start(rank, world)
+            ParallelDims.of_this_rank(config)
+            made = [dist.get_process_group_ranks(group) for group in dist.distributed_c10d._world.pg_names][1:]
+            assert all(rank in ranks and 1 < len(ranks) < world for ranks in made)
+            assert len({tuple(ranks) for ranks in made}) == len(made)
+            orders.add(tuple((len(ranks), ranks[1] - ranks[0]) for ranks in made))
+        assert len(orders) == 1, config.parallel
+        layouts += 1
+    assert layouts >= 36
 
 
 def test_equal_groups_are_made_once(start: Start) -> None:
@@ -91,6 +129,10 @@ def test_one_process_is_a_layout_too() -> None:
     assert (dims.rank, dims.data_rank, dims.data_world) == (0, 0, 1)
     assert all((dims.index(axis), dims.size(axis)) == (0, 1) for axis in AXES)
     assert gathered("mine", None) == ["mine"]
+    mine = torch.ones(2)
+    for axis in AXES:
+        dims.all_reduce(mine, axis)
+    assert mine.tolist() == [1, 1]
 
 
 def test_ranks_that_cannot_be_laid_out(start: Start) -> None:

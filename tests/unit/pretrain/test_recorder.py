@@ -83,11 +83,13 @@ def test_event_line_is_one_line() -> None:
 
 def test_expert_load_is_shown_expert_by_expert(tmp_path: Path) -> None:
     recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
-    recorder.step(step=1, **STEP, expert_load={2: [6, 0, 2]})
+    for step in (1, 2, 100):
+        recorder.step(step=step, **STEP, expert_load={2: [6, 0, 2]})
     recorder.close()
-    (step,) = read_events(tmp_path / "events.jsonl", "step")
-    assert step["expert_load"] == {"2": [6, 0, 2]}
+    assert [e["expert_load_max_over_mean"] for e in read_events(tmp_path / "events.jsonl", "step")] == [{"2": 2.25}] * 3
+    loads = read_events(tmp_path / "events.jsonl", "expert_load")
+    assert [(load["step"], load["pairs"]) for load in loads] == [(1, {"2": [6, 0, 2]}), (100, {"2": [6, 0, 2]})]
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Scalars("experts/layer_2_max_over_mean")[0].value == 6 * 3 / 8
-    (shown_load,) = board.Histograms("experts/layer_2_pairs_by_expert")
+    shown_load = board.Histograms("experts/layer_2_pairs_by_expert")[-1]
     assert list(shown_load.histogram_value.bucket) == [6, 0, 2]

@@ -21,15 +21,15 @@ goes; and SwiGLU of the shared experts. The rows of all ranks are assumed to fal
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from model.config import ModelConfig, has_experts, padded_vocab_size
+from pretrain.config import Recompute
 
+# As in `model/loss.py`, which needs torch; a test holds them together.
 LOSS_CHUNK_TOKENS = 1024
 LOSS_SOFTMAX_ELEMENTS = 1 << 22
 FP32 = 4
-
-Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from model.activations import Work, activation_bytes, block_activations, loss_bytes
+from model import loss
 from model.config import ModelConfig
 from model.decoder import Block, Decoder
 from model.rope import RotaryTables
+from pretrain.activations import (
+    LOSS_CHUNK_TOKENS,
+    LOSS_SOFTMAX_ELEMENTS,
+    Work,
+    activation_bytes,
+    block_activations,
+    loss_bytes,
+)
 
 B, T = 2, 64
 SHAPE = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "ffn_size": 176, "vocab_size": 512}
@@ -112,3 +120,7 @@ def test_forward_holds_what_is_accounted() -> None:
         peak = max(peak, held)
     accounted = activation_bytes(config, work(torch.float32)).kept + loss_bytes(config, work(torch.float32))
     assert accounted == pytest.approx(peak, rel=0.03)
+
+
+def test_the_constants_are_those_of_the_loss() -> None:
+    assert (LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS) == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS)
