@@ -7,6 +7,7 @@ whole sequences, so that causality and document masks are what they are on one r
 B batch, T tokens, t = T / sequence, H query heads of this rank's tensor shard, K its key and value heads, h head size.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def apply_sequence_parallelism(decoder: Decoder, dims: ParallelDims) -> None:
 
     def split_heads(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         q_BtHh, k_BtKh, v_BtKh, *mask = inputs
-        copies = key_value_copies(q_BtHh.size(2), k_BtKh.size(2), ranks)
+        copies = key_value_copies(k_BtKh.size(2), ranks)
         k_BtKh, v_BtKh = (x.repeat_interleave(copies, dim=2) for x in (k_BtKh, v_BtKh))
         return *(_AllToAll.apply(x, 2, 1, group) for x in (q_BtHh, k_BtKh, v_BtKh)), *mask
 
@@ -40,11 +41,10 @@ def apply_sequence_parallelism(decoder: Decoder, dims: ParallelDims) -> None:
         block.self_attn.core.register_forward_hook(split_tokens)
 
 
-def key_value_copies(query_heads: int, kv_heads: int, ranks: int) -> int:
+def key_value_copies(kv_heads: int, ranks: int) -> int:
     """How often each key and value head must be there, so that an equal share goes to each rank together with the
-    query heads that it serves: the smallest divisor of heads per group that makes the heads divide over the ranks."""
-    per_group = query_heads // kv_heads
-    return next(n for n in range(1, per_group + 1) if per_group % n == 0 and kv_heads * n % ranks == 0)
+    query heads that it serves, which divide over the ranks."""
+    return ranks // math.gcd(kv_heads, ranks)
 
 
 class _AllToAll(torch.autograd.Function):

@@ -145,7 +145,7 @@ def check_relations(config: RunConfig, small: RunConfig, full: Layout, layout: L
 
 def ulysses_copies(model: ModelConfig, layout: Layout) -> int:
     kv_heads = max(1, model.num_kv_heads // layout.tensor)
-    return key_value_copies(model.num_heads // layout.tensor, kv_heads, layout.sequence)
+    return key_value_copies(kv_heads, layout.sequence)
 
 
 def kinds(model: ModelConfig) -> set[bool]:

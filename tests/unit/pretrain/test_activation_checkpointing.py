@@ -1,5 +1,7 @@
 """Activation checkpointing: the same gradients to the bit, and every operation run as often as it should."""
 
+import copy
+import functools
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -41,11 +43,16 @@ class Step(NamedTuple):
     backward: Counter[Any]
 
 
-def build(model: str, *overrides: str) -> Decoder:
-    config = small_config(f"model={{num_layers: {LAYERS}, moe: {MODELS[model]}}}", *overrides)
-    decoder = Decoder(config.model)
+@functools.cache
+def initialised(model: str) -> Decoder:
+    decoder = Decoder(small_config(f"model={{num_layers: {LAYERS}, moe: {MODELS[model]}}}").model)
     initialise(decoder, 0)
-    apply_activation_checkpointing(decoder, config.parallel)
+    return decoder
+
+
+def build(model: str, *overrides: str) -> Decoder:
+    decoder = copy.deepcopy(initialised(model))
+    apply_activation_checkpointing(decoder, small_config(*overrides).parallel)
     return decoder
 
 

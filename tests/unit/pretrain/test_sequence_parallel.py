@@ -34,7 +34,7 @@ def test_copies_are_the_fewest_that_serve_every_query_head() -> None:
     assert len(SMALL) > 500
     for heads, kv_heads, ranks in SMALL:
         working = (copies for copies in range(1, heads + 1) if finds_its_own(heads, kv_heads, ranks, copies))
-        assert key_value_copies(heads, kv_heads, ranks) == next(working), (heads, kv_heads, ranks)
+        assert key_value_copies(kv_heads, ranks) == next(working), (heads, kv_heads, ranks)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_copies_are_the_fewest_that_serve_every_query_head() -> None:
 )
 def test_attention_of_parts_is_a_part_of_attention(heads: int, kv_heads: int, ranks: int, copies: int) -> None:
     """What each rank computes from its share of heads, after as many copies, is its share of the whole."""
-    assert key_value_copies(heads, kv_heads, ranks) == copies
+    assert key_value_copies(kv_heads, ranks) == copies
     random = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 5, count, 4, generator=random) for count in (heads, kv_heads, kv_heads))
     core = CausalAttention()
