@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.config import RunConfig, changes
 from pretrain.layout import Layout
-from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_WRONG_INPUT
+from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """2 if the user's input is at fault, 1 if anything else went wrong. A stage that fails is the last."""
+        """2 if the user's input is at fault, 75 if somebody stopped it, 1 if anything else went wrong. A stage that
+        fails is the last."""
         code = self.stages[-1].exit_code
-        return code if code in (EXIT_DONE, EXIT_WRONG_INPUT) else EXIT_FAILED
+        return code if code in (EXIT_DONE, EXIT_WRONG_INPUT, EXIT_STOPPED) else EXIT_FAILED
 
     @property
     def differences(self) -> list[tuple[str, Any, Any]]:

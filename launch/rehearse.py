@@ -27,7 +27,7 @@ from launch.shrink import (
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import Layout
-from pretrain.outcome import EXIT_DONE, EXIT_FAILED, Outcome, exit_code_of
+from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, exit_code_of
 from pretrain.recipe import dump_config
 from pretrain.run_dir import RunDir, read_events
 
@@ -69,10 +69,10 @@ def rehearse(config: RunConfig, world: int, run_dir: Path | None) -> Report:
         if run_dir is None:
             shutil.rmtree(folder)
         raise
-    done = stages[-1].exit_code == EXIT_DONE
-    if done and run_dir is None:
+    passing = run_dir is None and stages[-1].exit_code in (EXIT_DONE, EXIT_STOPPED)
+    if passing:
         shutil.rmtree(folder)
-    kept = None if done and run_dir is None else folder
+    kept = None if passing else folder
     return Report(config, rehearsal.rehearsed, rehearsal.full, rehearsal.small, has_data, stages, kept)
 
 

@@ -85,7 +85,21 @@ def resume(
             with open_events(run) as events:
                 events.write(event_line("resume", {"changes": differences}))
         write_json(run.data_path, data)
-        return attempt(run, ranks, stop_after)
+        begun = times_begun(run)
+        outcome = attempt(run, ranks, stop_after)
+        if times_begun(run) == begun and outcome.exit_code in (EXIT_FAILED, EXIT_WRONG_INPUT) and differences:
+            # What was changed has not trained a step, perhaps because it cannot: the run stays what it was.
+            dump_config(old, run.config_path)
+            write_json(run.data_path, known)
+            with open_events(run) as events:
+                events.write(event_line("resume", {"changes": {key: (b, a) for key, (a, b) in differences.items()}}))
+            print("nothing was trained: the run's config is as it was before", file=sys.stderr)
+        return outcome
+
+
+def times_begun(run: RunDir) -> int:
+    """How many attempts came so far as to have built the model and loaded what there was to load."""
+    return len(read_events(run.events_path, "start")) if run.events_path.is_file() else 0
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

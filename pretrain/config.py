@@ -52,7 +52,7 @@ class OptimizerConfig(Section):
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.95)
     momentum: float = Field(default=0.95, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
@@ -255,9 +255,10 @@ class RunConfig(Section):
 
 
 # What a resume may change. free: how the run is laid out or watched. recorded: what it learns from here on, noted in
-# events.jsonl. refused: what it has learnt so far would no longer mean the same; `--allow KEY` insists.
+# events.jsonl. refused: what it has learnt so far would no longer mean the same; `--allow KEY` insists. fixed: the
+# checkpoints have nothing to go on with.
 # The longest matching prefix decides; a test asserts that every key of the tree is covered.
-ResumePolicy = Literal["free", "recorded", "refused"]
+ResumePolicy = Literal["free", "recorded", "refused", "fixed"]
 RESUME_POLICY: dict[str, ResumePolicy] = {
     "name": "free",
     "seed": "refused",
@@ -267,7 +268,7 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "batch": "recorded",
     "batch.micro_batch_size": "free",
     "optimizer": "recorded",
-    "optimizer.name": "refused",
+    "optimizer.name": "fixed",
     "schedule": "recorded",
     "schedule.total_steps": "free",
     "schedule.total_tokens": "free",
@@ -314,8 +315,13 @@ def check_allowed(allowed: list[str]) -> None:
 
 
 def check_resume(differences: dict[str, tuple[Any, Any]], allowed: list[str]) -> None:
-    """Raise ValueError for the first change that a resume refuses and no `--allow KEY` (or a prefix of it) covers."""
+    """Raise ValueError for the first change that cannot be, or that no `--allow KEY` (or a prefix of it) covers."""
     for key, (old, new) in differences.items():
+        if resume_policy(key) == "fixed":
+            raise ValueError(
+                f"{key} was {old!r} and would become {new!r}, for which this run's checkpoints have no state: "
+                "start a new run"
+            )
         covered = any(key == allow or key.startswith(allow + ".") for allow in allowed)
         if resume_policy(key) == "refused" and not covered:
             raise ValueError(

@@ -40,26 +40,26 @@ INSTEAD = {
     "zero_optimization.cpu_offload": "parallel.offload_optimizer",
 }
 # What a user may set: how fast, not what. Anything else could move the state that checkpoints read, or change numbers.
-ALLOWED = (
-    "comms_logger",
-    "dump_state",
-    "flops_profiler",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_optimization.allgather_bucket_size",
-    "zero_optimization.allgather_partitions",
-    "zero_optimization.contiguous_gradients",
-    "zero_optimization.overlap_comm",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.reduce_scatter",
-    "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization.stage3_max_reuse_distance",
-    "zero_optimization.stage3_param_persistence_threshold",
-    "zero_optimization.stage3_prefetch_bucket_size",
-    "zero_optimization.sub_group_size",
-    "zero_optimization.use_multi_rank_bucket_allreduce",
-)
+ALLOWED: dict[str, type] = {
+    "comms_logger": dict,
+    "dump_state": bool,
+    "flops_profiler": dict,
+    "memory_breakdown": bool,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "zero_optimization.allgather_bucket_size": int,
+    "zero_optimization.allgather_partitions": bool,
+    "zero_optimization.contiguous_gradients": bool,
+    "zero_optimization.overlap_comm": bool,
+    "zero_optimization.reduce_bucket_size": int,
+    "zero_optimization.reduce_scatter": bool,
+    "zero_optimization.stage3_max_live_parameters": int,
+    "zero_optimization.stage3_max_reuse_distance": int,
+    "zero_optimization.stage3_param_persistence_threshold": int,
+    "zero_optimization.stage3_prefetch_bucket_size": int,
+    "zero_optimization.sub_group_size": int,
+    "zero_optimization.use_multi_rank_bucket_allreduce": bool,
+}
 
 
 def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
@@ -96,11 +96,14 @@ def _merged(derived: dict[str, Any], given: dict[str, Any], prefix: str = "") ->
     for key, value in given.items():
         path = prefix + key
         if path in ALLOWED:
+            if type(value) is not ALLOWED[path] or (isinstance(value, int) and ALLOWED[path] is int and value <= 0):
+                kind = {bool: "true or false", int: "a whole number above 0", dict: "a mapping"}[ALLOWED[path]]
+                raise ValueError(f"deepspeed.{path}={value!r} must be {kind}: correct it, or leave it out")
             merged[key] = value
         elif path == "zero_optimization" and isinstance(value, dict):
             merged[key] = _merged(derived[key], value, f"{path}.")
         elif path not in INSTEAD:
-            near = difflib.get_close_matches(path, (*ALLOWED, *INSTEAD), n=1, cutoff=0.0)[0]
+            near = difflib.get_close_matches(path, (*ALLOWED, "zero_optimization"), n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"deepspeed.{path}={value!r} is not among what may be set: did you mean {near}? "
                 f"Those are {', '.join(ALLOWED)}"

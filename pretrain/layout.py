@@ -122,11 +122,7 @@ def check_degrees(config: RunConfig) -> None:
         return
     axis, broken = violation
     degree = getattr(config.parallel, axis)
-    fitting = [
-        smaller
-        for smaller in range(1, min(degree, MOST_SHARES))
-        if _violation(_with_degree(config, axis, smaller)) is None
-    ]
+    fitting = [other for other in SHARES if _violation(_with_degree(config, axis, other)) is None]
     use = (
         f"use {'one of ' if len(fitting) > 1 else ''}{', '.join(map(str, fitting))}"
         if fitting
@@ -135,8 +131,7 @@ def check_degrees(config: RunConfig) -> None:
     raise ValueError(f"parallel.{axis}={degree} {broken}: {use}")
 
 
-# No model has more heads than this to share out; it bounds the search for a remedy.
-MOST_SHARES = 1024
+SHARES = range(1, 129)  # the degrees that a remedy may name: who shares out a model further knows how
 
 
 def _violation(config: RunConfig) -> tuple[Literal["tensor", "sequence", "expert"], str] | None:

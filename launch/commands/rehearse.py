@@ -52,6 +52,8 @@ def _print_tables(report: "Report") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pretrain.outcome import EXIT_STOPPED
+
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     world = report.full.world
     title = f"{report.config.name}, a run of {world:,} rank{'s' * (world > 1)}, rehearsed on {report.small.world}"
@@ -79,7 +81,8 @@ def _print_tables(report: "Report") -> None:
     console.print()
     if report.exit_code:
         kept = f" Its folder is kept: {report.folder}" if report.folder else ""
-        console.print(f"The rehearsal failed at: {report.stages[-1].name}.{kept}", markup=False, soft_wrap=True)
+        how = "was stopped" if report.exit_code == EXIT_STOPPED else "failed"
+        console.print(f"The rehearsal {how} at: {report.stages[-1].name}.{kept}", markup=False, soft_wrap=True)
     else:
         kept = f" Its folder: {report.folder}" if report.folder else ""
         console.print(f"The rehearsal went well.{kept}", markup=False, soft_wrap=True)

@@ -213,11 +213,16 @@ def test_what_a_resume_may_change(steppe: Steppe, corpus: Corpus, tmp_path: Path
     refused = steppe("resume", run, "--set", "seed=5", code=2)
     assert "seed was 0 and would become 5" in refused.stderr
     assert "--allow seed" in refused.stderr
+    assert "optimizer.name was 'adamw'" in steppe("resume", run, "--set", "optimizer.name=muon", code=2).stderr
+    assert (run / "config.yaml").read_text() == before
+    # What is insisted on and then fails leaves no trace.
+    wider = ("--set", "model.ffn_size=64", "--allow", "model.ffn_size")
+    assert "holds shape" in steppe("resume", run, *wider, code=2).stderr
     assert (run / "config.yaml").read_text() == before
     # Recorded: a learning rate, and a second source, which is a stage of the mixture from position 16 on.
     sources = f"data.sources=[{{name: code, path: '{corpus.train}'}}, {{name: more, path: '{corpus.held_out}'}}]"
     steppe("resume", run, "--set", "optimizer.lr=5e-3", "--set", sources, "--stop-after", 4)
-    (resumed,) = read_events(run / "events.jsonl", "resume")
+    *_, resumed = read_events(run / "events.jsonl", "resume")
     assert resumed["changes"]["optimizer.lr"] == [0.01, 0.005]
     assert read_events(run / "events.jsonl", "stage")[-1]["position"] == 16
     newest = newest_checkpoint(run / "checkpoints")

@@ -88,7 +88,7 @@ def test_the_exit_code_is_that_of_the_stage_that_failed() -> None:
     assert report(config, 2, OK).exit_code == 0
     assert report(config, 2, OK, FAILED).exit_code == 1
     assert report(config, 2, OK, Stage("train", 2, "shard x is damaged", 1.0)).exit_code == 2
-    assert report(config, 2, Stage("train", 75, "stopped on request", 1.0)).exit_code == 1
+    assert report(config, 2, Stage("train", 75, "stopped on request", 1.0)).exit_code == 75
     assert report(config, 2, OK, FAILED).as_dict()["ok"] is False
 
 

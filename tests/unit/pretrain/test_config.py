@@ -122,7 +122,12 @@ def test_the_config_is_frozen() -> None:
 
 def test_every_key_has_a_resume_policy() -> None:
     config = small_config()
-    assert {resume_policy(key) for key in flat(config.model_dump(mode="json"))} == {"free", "recorded", "refused"}
+    assert {resume_policy(key) for key in flat(config.model_dump(mode="json"))} == {
+        "free",
+        "recorded",
+        "refused",
+        "fixed",
+    }
     assert {key.split(".")[0] for key in RESUME_POLICY} == set(RunConfig.model_fields)
 
 
