@@ -49,7 +49,9 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.
         signals_to_handle="SIGTERM,SIGINT",
     )
-    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread.
+    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. It is unset
+    # again: this process may start another number of ranks, as a rehearsal does.
+    chosen = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     try:
         elastic_launch(config, sys.executable)("-P", "-m", module, *args)
@@ -57,6 +59,9 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
         raise culprit(error.failures) from None
     except SignalException as error:
         raise StoppedError(str(error)) from None
+    finally:
+        if not chosen:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def culprit(failures: dict[int, Any]) -> RanksError:

@@ -1,13 +1,14 @@
 """What is found out before ranks start, and what is said when they fail."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from launch.ranks import RanksError, StoppedError, culprit
+from launch.ranks import RanksError, StoppedError, culprit, run_ranks
 from launch.run import check_same_data, failure, locked, recipe_path
 from pretrain.outcome import Outcome, exit_code_of
 from pretrain.run_dir import RunDir, read_json
@@ -110,3 +111,18 @@ def test_an_outcome_survives_its_file(run: RunDir) -> None:
     run.outcome_path.write_text("{")
     with pytest.raises(ValueError, match="outcome.json is damaged"):
         Outcome.read(run)
+
+
+def test_ranks_share_the_cores_and_leave_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The number of threads is that of this number of ranks, not of ranks started before."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    program = tmp_path / "threads_of_a_rank.py"
+    program.write_text(
+        "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    cores = len(os.sched_getaffinity(0))
+    for nproc in (1, 2):
+        run_ranks("threads_of_a_rank", [str(tmp_path / f"{nproc}-")], nproc)
+        assert (tmp_path / f"{nproc}-0").read_text() == str(max(1, cores // nproc))
+        assert "OMP_NUM_THREADS" not in os.environ
