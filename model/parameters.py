@@ -52,6 +52,11 @@ def is_decayed(name: str) -> bool:
     return not is_norm(name) and name != "embed_tokens.weight"
 
 
+def is_block_matrix(name: str, dimensions: int) -> bool:
+    """Whether the parameter is a matrix of a layer, or a stack of them, and not a router: what Muon updates."""
+    return name.startswith("layers.") and dimensions > 1 and not keeps_fp32(name)
+
+
 def is_expert(name: str) -> bool:
     """Whether the parameter stacks the experts of a layer along its first dimension."""
     return ".mlp.experts." in name

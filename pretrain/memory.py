@@ -23,7 +23,7 @@ from math import ceil
 from typing import Any, NamedTuple
 
 from model.config import padded_vocab_size
-from model.parameters import keeps_fp32, parameter_shapes
+from model.parameters import is_block_matrix, keeps_fp32, parameter_shapes
 from pretrain.activations import Work, activation_bytes, loss_bytes
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
@@ -123,10 +123,7 @@ def _held(config: RunConfig, layout: Layout, zero: dict[str, Any]) -> _Held:
         parameters, share, largest = parameters + elements, share + own, max(largest, elements)
         weights += b * ((elements if whole else 0) + (own if stage == 3 else 0))
         share_bytes += b * own
-        optimizer += own * (
-            (FP32 if stage else 0)
-            + (FP32 if muon and len(shape) > 1 and name.startswith("layers.") and not keeps_fp32(name) else 2 * FP32)
-        )
+        optimizer += own * ((FP32 if stage else 0) + (FP32 if muon and is_block_matrix(name, len(shape)) else 2 * FP32))
     head = padded_vocab_size(config.model.vocab_size) // layout.tensor * config.model.hidden_size
     weights, optimizer = weights + FP32 * apart, optimizer + 2 * FP32 * apart
     return _Held(parameters, share, largest, head, weights, share_bytes, optimizer, apart)

@@ -7,17 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.parameters import is_decayed, keeps_fp32
+from model.parameters import is_block_matrix, is_decayed, keeps_fp32
 from pretrain.config import OptimizerConfig, RunConfig
 from pretrain.muon import Muon
 
 # Tensors of a parameter's own shape that an algorithm keeps of it, besides the number of steps.
 STATE_KINDS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
-
-
-def is_muon_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon updates the parameter if asked for: a matrix of a block or a stack of them, and not a router."""
-    return name.startswith("layers.") and parameter.ndim > 1 and not keeps_fp32(name)
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -29,7 +24,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     """
     alike: dict[tuple[bool, str, str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        algorithm = "muon" if config.name == "muon" and is_muon_matrix(name, parameter) else "adamw"
+        algorithm = "muon" if config.name == "muon" and is_block_matrix(name, parameter.ndim) else "adamw"
         experts = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
         alike[keeps_fp32(name), experts, algorithm, not is_decayed(name)].append(parameter)
     return [

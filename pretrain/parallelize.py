@@ -49,7 +49,7 @@ def parallelize(
     with torch.device("meta"):
         decoder = Decoder(config.model)
     places = placements(config.model, dims)
-    for name, parameter in list(decoder.named_parameters()):
+    for name, _ in list(decoder.named_parameters()):
         box = places[name].box
         own = nn.Parameter(torch.empty(box.size, dtype=torch.float32 if keeps_fp32(name) else dtype, device=device))
         module, _, attribute = name.rpartition(".")
@@ -57,7 +57,6 @@ def parallelize(
         if (copies := places[name].copies) is not None:
             own.register_hook(_summed_over(dims.groups[copies]))
         made(name, own)
-        del parameter
     for name, buffer in list(decoder.named_buffers()):
         module, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(module), attribute, torch.zeros_like(buffer, device=device))

@@ -9,17 +9,16 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from data_pipeline.batch import Batch, make_batch
 from pretrain.config import RunConfig
 from pretrain.deepspeed_zero import without_others
 from pretrain.device import detect
 from pretrain.engine import agree, build_engine
 from pretrain.layout import micro_batches
 from pretrain.parallel_dims import ParallelDims
+from pretrain.random_batch import random_batch
 from pretrain.recipe import load_config
 from pretrain.schedule import batch_size_at
 
@@ -44,14 +43,6 @@ def step_as(rank: int, world: int, config: RunConfig) -> int:
         return sum(piece.box.numel for piece in engine.pieces())
     finally:
         dist.destroy_process_group()
-
-
-def random_batch(config: RunConfig, index: int) -> Batch:
-    """A micro-batch of random tokens, in two documents a sequence."""
-    B, T = config.batch.micro_batch_size, config.data.sequence_length
-    windows = np.random.default_rng([config.seed, index]).integers(1, config.model.vocab_size, (B, T + 1))
-    windows[:, T // 2] = eos_id = 0
-    return make_batch(windows, bos_id=None, eos_id=eos_id, document_mask=config.model.document_mask)
 
 
 def main() -> None:

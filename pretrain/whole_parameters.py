@@ -55,10 +55,9 @@ class WholeParameters:
 
     def views(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """(name, live tensors of its state by kind)."""
-        for group in self.optimizer.param_groups if self.optimizer else ():
-            for name, parameter in self.parameters.items():
-                if any(parameter is member for member in group["params"]):
-                    yield name, {"fp32": parameter.detach(), **ensure_state(self.optimizer, parameter, group)}
+        for name, parameter in self.parameters.items():
+            (group,) = self.optimizer.param_groups  # routers are all alike
+            yield name, {"fp32": parameter.detach(), **ensure_state(self.optimizer, parameter, group)}
 
     def restored(self, optimizer_steps: int) -> None:
         """After `views` were written to."""

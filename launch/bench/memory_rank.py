@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from data_pipeline.batch import Batch, make_batch
+from data_pipeline.batch import Batch
 from pretrain.config import RunConfig
 from pretrain.device import detect, init_process_group, peak_memory_bytes, peak_resident_bytes
 from pretrain.engine import agree, build_engine
 from pretrain.layout import micro_batches
 from pretrain.parallel_dims import ParallelDims
+from pretrain.random_batch import random_batch
 
 
 def main() -> None:
@@ -55,12 +55,10 @@ def main() -> None:
 
 
 def _batches(config: RunConfig, dims: ParallelDims, step: int) -> list[Batch]:
-    """Random tokens of this rank's micro-batches; each target counts."""
-    shape = (config.batch.micro_batch_size, config.data.sequence_length + 1)
-    random = np.random.default_rng((config.seed, step, dims.data_rank))
+    """Random tokens of this rank's micro-batches."""
     count = micro_batches(config, config.batch.global_batch_size, dims.data_world)
-    windows = (random.integers(0, config.model.vocab_size, shape) for _ in range(count))
-    return [make_batch(window, bos_id=None, eos_id=-1, document_mask=False) for window in windows]
+    first = (step * dims.data_world + dims.data_rank) * count
+    return [random_batch(config, first + index) for index in range(count)]
 
 
 def _live_storages() -> dict[int, int]:

@@ -17,12 +17,12 @@ import torch
 from data_pipeline.batch import Batch
 from launch.bench.contenders import CONTENDERS
 from launch.bench.dense_counterpart import dense_counterpart
-from launch.bench.random_batch import random_batch
 from launch.bench.transformers_peer import transformers_step
 from pretrain.config import RunConfig
 from pretrain.device import detect, init_process_group, peak_memory_bytes
 from pretrain.engine import agree, build_engine
 from pretrain.parallel_dims import ParallelDims
+from pretrain.random_batch import random_batch
 
 Step = Callable[[Batch], float]  # -> mean loss of the batch's targets before the step
 Build = Callable[[RunConfig, torch.device], tuple[Step, dict[str, Any]]]  # -> the step, and what is to be said of it

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
-from launch.bench.random_batch import random_batch
 from model.parameters import is_decayed
 from pretrain.config import RunConfig
 from pretrain.engine import build_decoder, decoder_inputs
 from pretrain.hf import config_to_hf, weights_to_hf
+from pretrain.random_batch import random_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 from launch.bench.app import app
 from launch.bench.contenders import peers_of
 from launch.bench.dense_counterpart import dense_counterpart
-from launch.bench.random_batch import random_batch
 from launch.bench.train import check_same_work, run
 from launch.bench.transformers_peer import EXPERTS, build_model
 from launch.bench.turns import Contender, Spread, ratios, take_turns
 from model.accounting import parameter_counts
 from model.config import ModelConfig
 from pretrain.engine import build_decoder, decoder_inputs
+from pretrain.random_batch import random_batch
 from pretrain.recipe import load_config
 
 RECIPE = """

@@ -10,8 +10,9 @@ import pytest
 import torch.distributed as dist
 
 from model.parameters import parameter_shapes
+from pretrain.random_batch import random_batch
 from pretrain.recipe import dump_config
-from pretrain.rehearse import random_batch, step_as
+from pretrain.rehearse import step_as
 from tests.small_run import MODELS, small_config
 
 
