@@ -15,7 +15,7 @@ from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
-from pretrain.config import RunConfig, changes, check_allowed, check_resume
+from pretrain.config import RunConfig, changes, check_allowed, check_resume, flat
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import check_layout
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
@@ -46,6 +46,7 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, s
     check_ranks(config, ranks)
     check_stop_after(stop_after)
     data = check_data(config)
+    config = with_checked_init(config, data["tokenizer"])
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
         write_json(run.data_path, data)
@@ -84,6 +85,8 @@ def resume(
             dump_config(new, run.config_path)
             with open_events(run) as events:
                 events.write(event_line("resume", {"changes": differences}))
+        if data["tokenizer"] != known["tokenizer"]:
+            shutil.copyfile(Path(new.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
         write_json(run.data_path, data)
         begun = times_begun(run)
         outcome = attempt(run, ranks, stop_after)
@@ -208,6 +211,37 @@ def check_data(config: RunConfig) -> dict[str, Any]:
     shares({source.name: source.weight for source in config.data.sources}, [])
     training = {source.name: manifests[source.path].fingerprint for source in config.data.sources}
     return {"tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint, "manifests": training}
+
+
+# What a model is trained with, and not what it computes.
+OF_TRAINING = {"document_mask", "moe.balance_coefficient", "moe.bias_update_rate", "moe.z_loss"}
+
+
+def with_checked_init(config: RunConfig, tokenizer: str) -> RunConfig:
+    """The config with the very checkpoint to start from, if it names one: the run which that is of may go on.
+
+    Raises ValueError unless its weights are of this model and this tokenizer.
+    """
+    if config.init_from is None:
+        return config
+    from pretrain.checkpoint.index import read_index
+    from pretrain.load_model import checkpoint_of
+
+    checkpoint = checkpoint_of(Path(config.init_from)).resolve()
+    index = read_index(checkpoint)
+    theirs, ours = flat(index.model.model_dump(mode="json")), flat(config.model.model_dump(mode="json"))
+    for key in sorted((theirs.keys() | ours.keys()) - OF_TRAINING):
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"init_from={config.init_from} is of a model with {key}={theirs.get(key)!r}, this run's model has "
+                f"{ours.get(key)!r}: set model.{key} to what the weights are of"
+            )
+    if index.tokenizer_fingerprint not in (None, tokenizer):
+        raise ValueError(
+            f"init_from={config.init_from} was trained with another tokenizer ({index.tokenizer_fingerprint}, the "
+            f"data's is {tokenizer}), so that token ids mean something else: prepare the data with its tokenizer.model"
+        )
+    return config.model_copy(update={"init_from": str(checkpoint)})
 
 
 def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:

@@ -175,10 +175,28 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every so many optimizer steps (0: only at the end), of which the newest `keep` stay."""
+    """A checkpoint every so many optimizer steps (0: only at the end), and which of them stay.
+
+    keep: the newest so many. keep_every_steps: for good, those of steps that it divides (0: none). keep_best: the one
+    with the lowest validation loss, as the mean over the sources.
+    asynchronous: training goes on while a checkpoint is written, at the price of a copy of the rank's masters and
+    optimizer state in host memory.
+    """
 
     every_steps: int = Field(default=1000, ge=0)
     keep: int = Field(default=2, gt=0)
+    keep_every_steps: int = Field(default=0, ge=0)
+    keep_best: bool = False
+    asynchronous: bool = True
+
+    @model_validator(mode="after")
+    def _kept_ones_are_made(self) -> Self:
+        if self.keep_every_steps and (not self.every_steps or self.keep_every_steps % self.every_steps):
+            raise ValueError(
+                f"keep_every_steps={self.keep_every_steps} is no multiple of every_steps={self.every_steps}, and so "
+                "asks for checkpoints that are not made: choose a multiple, or 0"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -205,6 +223,7 @@ class RunConfig(Section):
     """Everything that decides what a run learns and how it is laid out.
 
     `precision` is the dtype of forward and backward: the masters and the optimizer's state are fp32 in each.
+    `init_from`: weights to start from instead of the seed's: a run, one of its checkpoints, or an imported one.
     `deepspeed` is merged into DeepSpeed's derived configuration last, and cannot contradict what the recipe says.
     """
 
@@ -216,6 +235,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    init_from: str | None = None
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -227,6 +247,17 @@ class RunConfig(Section):
             raise ValueError(
                 f"precision={self.precision} does not go with parallel.zero_stage=0, where DeepSpeed applies a step of "
                 "weight decay before training: set parallel.zero_stage to 1, which costs nothing on one rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_known(self) -> Self:
+        checkpoints, validation = self.checkpoint.every_steps, self.evaluation.every_steps
+        if self.checkpoint.keep_best and (not checkpoints or not validation or checkpoints % validation):
+            raise ValueError(
+                f"checkpoint.keep_best=true needs a validation at every checkpoint, but checkpoint.every_steps="
+                f"{checkpoints} is no multiple of evaluation.every_steps={validation}: make it one, or set "
+                "checkpoint.keep_best to false"
             )
         return self
 
@@ -262,6 +293,7 @@ ResumePolicy = Literal["free", "recorded", "refused", "fixed"]
 RESUME_POLICY: dict[str, ResumePolicy] = {
     "name": "free",
     "seed": "refused",
+    "init_from": "refused",
     "model": "refused",
     "data": "refused",
     "data.sources": "recorded",

@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -65,6 +67,34 @@ def init_process_group(device: torch.device) -> None:
 def new_cpu_group() -> dist.ProcessGroup:
     """A group of all ranks for objects on the host (checkpoint plans, verdicts), whatever the device."""
     return dist.new_group(backend="gloo")
+
+
+class CopyStream:
+    """Copies from a device to host memory, beside what the device computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._marked = torch.cuda.Event() if device.type == "cuda" else None
+
+    def host_memory(self, numel: int) -> torch.Tensor:
+        """fp32 memory on the host that copies reach at full speed."""
+        return torch.empty(numel, pin_memory=self._stream is not None)
+
+    def mark(self) -> None:
+        """Copies from now on find done what has been asked of the device until now."""
+        if self._marked is not None:
+            self._marked.record()
+
+    @contextmanager
+    def copying(self) -> Iterator[None]:
+        """Around copies, which are there afterwards."""
+        if self._stream is None or self._marked is None:
+            yield
+            return
+        self._stream.wait_event(self._marked)
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
 
 
 def prepare_deepspeed() -> None:

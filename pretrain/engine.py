@@ -5,7 +5,7 @@ batch; so a layout, or how the targets happen to fall on ranks, does not change 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -43,8 +43,15 @@ class StepStats(NamedTuple):
 class Engine(Protocol):
     """Forward, backward, reduction and update, on any layout."""
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
-        """One optimizer step over this rank's micro-batches of a global batch. Collective."""
+    device: torch.device
+
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+    ) -> StepStats:
+        """One optimizer step over this rank's micro-batches of a global batch. Collective.
+
+        before_update: called when the gradients are there, before anything that `pieces` shows is changed.
+        """
 
     def validation_nll(self, batch: Batch) -> Tensor:
         """This rank's share of the sum of -log p over a batch's targets, without gradients. Collective."""

@@ -6,7 +6,7 @@ What DeepSpeed is left to do is to reduce, partition, offload, clip and step. Th
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,9 @@ class DeepSpeedEngine:
     def _basic_optimizer(self) -> torch.optim.Optimizer:
         return self.engine.basic_optimizer
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+    ) -> StepStats:
         """See Engine."""
         valid_tokens = global_valid_tokens(batches, self.device, self.config.parallel.ranks_per_sample)
         sequences = sum(len(batch.tokens) for batch in batches) * self.dims.data_world
@@ -93,6 +95,7 @@ class DeepSpeedEngine:
             deepspeed_zero.shrink(self.engine.module.parameters(), self._shrink)
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
+        before_update()
         self.engine.step()
         self.apart.step(lr, self._shrink)
         expert_load = balance_experts(self.engine.module, self._grad_norm)

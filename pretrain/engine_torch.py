@@ -4,7 +4,7 @@ Data parallelism is a sum of gradients. In bf16 and fp16 the forward and backwar
 masters, and gradients are accumulated in fp32; there is no loss scaling, so fp16 here is for comparison only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ class TorchEngine:
         groups = parameter_groups(self.masters.items(), config.optimizer)
         self.optimizer = build_optimizer(groups, config)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepStats:
+    def train_step(
+        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+    ) -> StepStats:
         """See Engine."""
         valid_tokens = global_valid_tokens(batches, self.device)
         sequences = sum(len(batch.tokens) for batch in batches) * (
@@ -56,6 +58,7 @@ class TorchEngine:
             nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.optimizer.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        before_update()
         self.optimizer.step()
         self._copy_masters()
         return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder, grad_norm))

@@ -128,7 +128,13 @@ def _score_share(job: EvaluationJob, rank: int, world: int) -> _Share:
 
 
 def _result(job: EvaluationJob, model: LoadedModel, evaluation: Evaluation) -> dict[str, Any]:
-    return {"model": model.name, "step": model.step, **evaluation.as_dict(), "precision": job.precision}
+    return {
+        "model": model.name,
+        "step": model.step,
+        "passed_over": list(model.passed_over),
+        **evaluation.as_dict(),
+        "precision": job.precision,
+    }
 
 
 def main() -> None:
@@ -147,7 +153,8 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         failure = str(error)
     everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, (share and share.scores, failure), group=new_cpu_group())
+    mine = (None, None) if share is None else (share.scores, share.model.step)
+    dist.all_gather_object(everyone, (*mine, failure), group=new_cpu_group())
     if rank == 0:
         write_json(Path(sys.argv[2]), _verdict(job, share, everyone))
     dist.barrier()
@@ -155,12 +162,15 @@ def main() -> None:
 
 
 def _verdict(job: EvaluationJob, share: _Share | None, everyone: list[Any]) -> dict[str, Any]:
-    failures = [failure for _, failure in everyone if failure is not None]
+    failures = [failure for _, _, failure in everyone if failure is not None]
     if failures:
         return {"error": failures[0]}
+    steps = {step for _, step, _ in everyone}
+    if len(steps) > 1:  # the run went on meanwhile
+        return {"error": f"the ranks found different checkpoints of {job.model} to be the newest: choose one by --step"}
     assert share is not None
     try:
-        evaluation = Evaluation.of(share.model, share.windowing, [scores for scores, _ in everyone])
+        evaluation = Evaluation.of(share.model, share.windowing, [scores for scores, _, _ in everyone])
     except ValueError as error:
         return {"error": str(error)}
     return {"result": _result(job, share.model, evaluation)}

@@ -1,7 +1,7 @@
 """A trained model, ready to score and to write: from a run, one of its checkpoints, or a Hugging Face folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,16 @@ from data_pipeline.tokenizer import Tokenizer
 from model.config import ModelConfig, padded_vocab_size
 from model.decoder import Decoder
 from model.parameters import buffer_shapes, keeps_fp32, parameter_shapes
-from pretrain.checkpoint import checkpoint_path, list_checkpoints, newest_checkpoint, read_index, read_weights
+from pretrain.checkpoint.folder import (
+    checkpoint_path,
+    list_checkpoints,
+    newest_checkpoint,
+    none_is_whole,
+    step_of,
+    whole_checkpoints,
+)
+from pretrain.checkpoint.index import INDEX_NAME, TOKENIZER_NAME, DamagedError, read_index
+from pretrain.checkpoint.read import read_weights
 from pretrain.device import detect
 from pretrain.hf import load_hf_folder
 from pretrain.run_dir import RunDir, read_json
@@ -26,6 +35,7 @@ class LoadedModel:
     """A decoder on this rank's device, its tokenizer, and where they come from.
 
     context_length: tokens that the model was trained to see at once. step: None for a Hugging Face folder.
+    passed_over: newer checkpoints of the run that are damaged, and how.
     """
 
     decoder: Decoder
@@ -34,6 +44,7 @@ class LoadedModel:
     context_length: int
     name: str
     step: int | None
+    passed_over: tuple[str, ...] = ()
 
     @property
     def start_token(self) -> tuple[int, str]:
@@ -56,12 +67,13 @@ class _Found:
     tokenizer_fingerprint: str | None
     context_length: int
     step: int | None
+    passed_over: tuple[str, ...] = ()
 
 
 def load_model(
     target: Path, step: int | None = None, tokenizer: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
-    """Load a run folder (its newest checkpoint, or that of `step`), a checkpoint folder, or a Hugging Face folder.
+    """Load a run (its newest checkpoint that verifies, or that of `step`), a checkpoint, or a Hugging Face folder.
 
     tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
     pass; routers, logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a
@@ -70,11 +82,9 @@ def load_model(
     config, or if the tokenizer is not the model's.
     """
     if RunDir(target).config_path.is_file():
-        found = _from_checkpoint(_checkpoint_of_run(RunDir(target), step))
-    elif step is not None:
-        raise ValueError(f"--step {step}: only a run has several steps, and {target} has no config.yaml")
-    elif (target / "index.json").is_file():
-        found = _from_checkpoint(target)
+        found = _from_run(RunDir(target)) if step is None else _from_checkpoint(checkpoint_of(target, step))
+    elif step is not None or (target / INDEX_NAME).is_file():
+        found = _from_checkpoint(checkpoint_of(target, step))
     elif (target / "config.json").is_file():
         found = _from_hf(target)
     else:
@@ -91,20 +101,46 @@ def load_model(
     decoder.load_state_dict(weights, assign=True)
     decoder.requires_grad_(False)
     decoder.to(detect()).eval()
-    return LoadedModel(decoder, found.config, loaded_tokenizer, found.context_length, str(target), found.step)
+    return LoadedModel(
+        decoder, found.config, loaded_tokenizer, found.context_length, str(target), found.step, found.passed_over
+    )
 
 
-def _checkpoint_of_run(run: RunDir, step: int | None) -> Path:
-    newest = newest_checkpoint(run.checkpoints)
-    if newest is None:
-        raise ValueError(f"{run.path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
+def checkpoint_of(target: Path, step: int | None = None) -> Path:
+    """The checkpoint that a folder is, or for a run's folder its newest whole one, or that of `step`.
+
+    Raises ValueError if there is none.
+    """
+    run = RunDir(target)
+    if not run.config_path.is_file():
+        if step is not None:
+            raise ValueError(f"--step {step}: only a run has several steps, and {target} has no config.yaml")
+        if not (target / INDEX_NAME).is_file():
+            raise ValueError(f"{target} is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})")
+        return target
     if step is None:
+        newest = newest_checkpoint(run.checkpoints)
+        if newest is None:
+            raise ValueError(f"{target} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
         return newest
     chosen = checkpoint_path(run.checkpoints, step)
     if not chosen.is_dir():
-        kept = ", ".join(str(int(path.name.removeprefix("step_"))) for path in list_checkpoints(run.checkpoints))
-        raise ValueError(f"--step {step}: {run.path} has no checkpoint of that step, it keeps {kept}")
+        kept = ", ".join(str(step_of(path)) for path in list_checkpoints(run.checkpoints)) or "none"
+        raise ValueError(f"--step {step}: {target} has no checkpoint of that step, it keeps {kept}")
     return chosen
+
+
+def _from_run(run: RunDir) -> _Found:
+    """The newest checkpoint that verifies."""
+    passed_over: list[str] = []
+    for checkpoint in whole_checkpoints(run.checkpoints, passed_over):
+        try:
+            return replace(_from_checkpoint(checkpoint), passed_over=tuple(passed_over))
+        except (DamagedError, OSError) as error:
+            passed_over.append(str(error))
+    if passed_over:
+        raise none_is_whole(run.checkpoints, passed_over)
+    return _from_checkpoint(checkpoint_of(run.path))  # which says that there is none
 
 
 def _from_checkpoint(checkpoint: Path) -> _Found:
@@ -112,9 +148,9 @@ def _from_checkpoint(checkpoint: Path) -> _Found:
     return _Found(
         config=index.model,
         weights=read_weights(checkpoint),
-        tokenizer_path=RunDir(checkpoint.resolve().parent.parent).tokenizer_path,
+        tokenizer_path=checkpoint / TOKENIZER_NAME,
         tokenizer_fingerprint=index.tokenizer_fingerprint,
-        context_length=index.config.data.sequence_length,
+        context_length=index.sequence_length,
         step=index.step,
     )
 

@@ -72,3 +72,22 @@ def gathered(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
+
+
+def gathered_by_first(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """Every rank's value, in the order of ranks, on the first rank; nothing on the others."""
+    if group is None:
+        return [value]
+    first = dist.get_rank(group) == 0
+    values: list[Any] | None = [None] * dist.get_world_size(group) if first else None
+    dist.gather_object(value, values, group=group, group_dst=0)
+    return values or []
+
+
+def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
+    """The first rank's value, on every rank."""
+    if group is None:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]

@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from pretrain.checkpoint.save import Saved
 from pretrain.progress import StepProgress
 from pretrain.run_dir import RunDir, event_line, open_events
 
@@ -34,6 +35,9 @@ class Recorder(Protocol):
     def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
         """Losses on held-out sources."""
 
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint that is committed, or has failed."""
+
     def event(self, kind: str, say: str = "", **event: Any) -> None:
         """Anything else; `say` is the line for a person."""
 
@@ -47,6 +51,8 @@ class SilentRecorder:
     def step(self, **event: Any) -> None: ...
 
     def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None: ...
+
+    def saved(self, saved: Saved) -> None: ...
 
     def event(self, kind: str, say: str = "", **event: Any) -> None: ...
 
@@ -84,6 +90,18 @@ class RunRecorder:
         self.progress.say(
             f"step {step}: validation " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         )
+
+    def saved(self, saved: Saved) -> None:
+        times = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds}
+        if saved.failure is not None:
+            say = f"{saved.failure}; training goes on, with the checkpoint before"
+            self.event("checkpoint_failed", say, step=saved.step, message=saved.failure, **times)
+            return
+        note = f"; {saved.note}" if saved.note else ""
+        say = f"step {saved.step}: saved {saved.path}{note}"
+        self.event("checkpoint", say, step=saved.step, path=str(saved.path), size_bytes=saved.size_bytes, **times)
+        for key, value in times.items():
+            self.tensorboard.add_scalar(f"checkpoint/{key}", value, saved.step)
 
     def event(self, kind: str, say: str = "", **event: Any) -> None:
         self._write(kind, event)

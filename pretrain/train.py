@@ -12,18 +12,19 @@ import torch.distributed as dist
 from data_pipeline.loader import Loader
 from model.accounting import flops_per_token
 from model.config import has_experts
-from pretrain.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from pretrain.checkpoint.load import load_initial_weights, load_newest
+from pretrain.checkpoint.save import CheckpointSaver
 from pretrain.config import RunConfig
 from pretrain.device import new_cpu_group, peak_flops, peak_memory_bytes
 from pretrain.engine import DTYPES, Engine, Status, agree, build_engine
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, exit_code_of
 from pretrain.parallel_dims import ParallelDims, gathered
 from pretrain.recorder import Recorder, RunRecorder, SilentRecorder
-from pretrain.run_dir import RunDir, read_json
+from pretrain.run_dir import RunDir
 from pretrain.schedule import batch_plan, finished, learning_rate
 from pretrain.state import TrainState
 from pretrain.stop import StopRequest
-from pretrain.validation import validate
+from pretrain.validation import mean_loss, past_losses, validate
 
 
 def train(
@@ -32,16 +33,17 @@ def train(
     """Train from the newest checkpoint, or from the seed, until the schedule ends, `stop_after` steps are made, some
     rank is asked to stop, or some rank cannot go on. Collective; the outcome is the same on every rank.
 
-    Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, CheckpointError if a
+    Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, CheckpointError if the last
     checkpoint cannot be written.
     """
     dims = ParallelDims.of_this_rank(config)
     host_group = new_cpu_group() if dims.layout.world > 1 else None
+    save_group = new_cpu_group() if dims.layout.world > 1 else None  # which a thread of its own talks over
     engine = build_engine(config, device, dims)
-    state, origin = restore(run_dir, engine, host_group)
+    state, origin = restore(run_dir, config, engine, host_group)
     if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
         return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already")
-    fingerprint = read_json(run_dir.data_path)["tokenizer"]
+    losses = past_losses(run_dir) if config.checkpoint.keep_best else {}
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
         recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.layout.world)
@@ -50,34 +52,37 @@ def train(
             recorder.event("stage", step=state.step, position=state.position, weights=mixture)
         meter = Meter(config, device, dims, recorder)
         loader = opened.enter_context(closing(open_loader(config, state, dims)))
-
-        def save() -> None:
-            path = save_checkpoint(run_dir.checkpoints, engine, state, config, fingerprint, host_group)
-            recorder.event("checkpoint", f"step {state.step}: saved {path}", step=state.step, path=str(path))
+        saver = CheckpointSaver(
+            run_dir.checkpoints, engine, config, run_dir.tokenizer_path, save_group, losses, recorder.saved
+        )
+        opened.enter_context(closing(saver))
 
         outcome = missing_data(loader, state.step, host_group)
         while outcome is None:
             meter.begin()
             lr = learning_rate(config, state.step, state.tokens)
             batches = next(loader)
-            stats = engine.train_step(batches, lr)
+            stats = engine.train_step(batches, lr, before_update=saver.staged)
             with meter.waiting_for_data():
                 failed = loader.failure is not None  # the next batch is there, or never will be
             status = agree(stats, stop.asked, failed, meter.data_seconds, peak_memory_bytes(device))
             sequences = sum(len(batch.tokens) for batch in batches) * dims.data_world
             state.advance(sequences, config.data.sequence_length)
             meter.record(state, status, lr, sequences)
+            saver.poll()
 
             outcome = ending(config, state, status, stop_after) or (
                 missing_data(loader, state.step, host_group) if status.failed else None
             )
             sound = status.finite or config.precision == "fp16"
             if sound and (outcome is not None or due(config.checkpoint.every_steps, state.step)):
-                save()
+                saver.start(state)
             hurried = outcome is not None and outcome.status != "done"
             if sound and not hurried and due(config.evaluation.every_steps, state.step):
-                losses = validate(engine, config, device, dims, host_group)
-                recorder.validation(state.step, state.tokens, losses)
+                by_source = validate(engine, config, device, dims, host_group)
+                losses[state.step] = mean_loss(by_source)
+                recorder.validation(state.step, state.tokens, by_source)
+        saver.wait()
         recorder.event("end", step=state.step, status=outcome.status, message=outcome.message)
         return outcome
 
@@ -116,26 +121,18 @@ def missing_data(loader: Loader, step: int, group: dist.ProcessGroup | None) -> 
     return None
 
 
-def restore(run_dir: RunDir, engine: Engine, group: dist.ProcessGroup | None) -> tuple[TrainState, str]:
-    """The state to train from, loaded into the engine, and where it comes from, in words.
-
-    The first rank chooses the checkpoint for all: on a network file system the others may see an older folder.
-    """
-    passed_over: list[str] = []
-    choice: tuple[Path | None, str | None] = (None, None)
-    if group is None or dist.get_rank(group) == 0:
-        try:
-            choice = (newest_checkpoint(run_dir.checkpoints, passed_over), None)
-        except ValueError as error:
-            choice = (None, str(error))
-    checkpoint, failure = gathered(choice, group)[0]
-    if failure is not None:
-        raise ValueError(failure)
-    if checkpoint is None:
-        return TrainState(), "no checkpoint, trains from scratch"
-    state = load_checkpoint(checkpoint, engine, group)
-    notes = "".join(f" (passed over: {reason})" for reason in passed_over)
-    return state, f"resumes after step {state.step} from {checkpoint}{notes}"
+def restore(
+    run_dir: RunDir, config: RunConfig, engine: Engine, group: dist.ProcessGroup | None
+) -> tuple[TrainState, str]:
+    """The state to train from, loaded into the engine, and where it comes from, in words."""
+    restored = load_newest(run_dir.checkpoints, engine, group)
+    if restored.checkpoint is not None:
+        notes = "".join(f" (passed over: {reason})" for reason in restored.passed_over)
+        return restored.state, f"resumes after step {restored.state.step} from {restored.checkpoint}{notes}"
+    if config.init_from is not None:
+        load_initial_weights(Path(config.init_from), engine, group)
+        return restored.state, f"starts from the weights of {config.init_from}"
+    return restored.state, "no checkpoint, trains from scratch"
 
 
 def open_loader(config: RunConfig, state: TrainState, dims: ParallelDims) -> Loader:

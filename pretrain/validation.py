@@ -1,5 +1,7 @@
 """Validation in the loop: the loss on windows of held-out sources, all ranks together, training state untouched."""
 
+import statistics
+
 import torch
 import torch.distributed as dist
 
@@ -9,6 +11,7 @@ from data_pipeline.loader import validation_batches
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.parallel_dims import ParallelDims, gathered
+from pretrain.run_dir import RunDir, read_events
 
 
 def validate(
@@ -29,6 +32,18 @@ def validate(
         nll, tokens = sums.tolist()
         losses[source.name] = nll / tokens
     return losses
+
+
+def mean_loss(losses: dict[str, float]) -> float:
+    """One number of a validation, by which checkpoints are compared: the mean over the sources."""
+    return statistics.fmean(losses.values())
+
+
+def past_losses(run_dir: RunDir) -> dict[int, float]:
+    """That number of a run's validations so far, by step; of a step validated twice, the later one's."""
+    if not run_dir.events_path.is_file():
+        return {}
+    return {event["step"]: mean_loss(event["losses"]) for event in read_events(run_dir.events_path, "evaluation")}
 
 
 def read_together(

@@ -44,6 +44,8 @@ def evaluate(
     )
     check_device(nproc, precision)
     result = run_job(job) if nproc == 1 else run_job_on_ranks(job, nproc, run_ranks)
+    for reason in result["passed_over"]:
+        print(f"steppe: passed over: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps(result))
     else:

@@ -1,6 +1,7 @@
 """`steppe generate`: text from a model."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,8 @@ def generate(
     from pretrain.load_model import load_model
 
     loaded = load_model(model, step, tokenizer)
+    for reason in loaded.passed_over:
+        print(f"steppe: passed over: {reason}", file=sys.stderr)
     generation = write(loaded, text, max_new_tokens, temperature, seed)
     if as_json:
         print(json.dumps({"model": loaded.name, "step": loaded.step, **asdict(generation)}))

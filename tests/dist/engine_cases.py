@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import checkpoint_path, load_checkpoint, read_weights, save_checkpoint
+from pretrain.checkpoint.folder import checkpoint_path
+from pretrain.checkpoint.load import load_checkpoint
+from pretrain.checkpoint.read import read_weights
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.device import detect, new_cpu_group
 from pretrain.engine import Engine, agree, build_decoder, build_engine
@@ -86,10 +89,10 @@ def train(layout: str) -> dict[str, Any]:
     """The curve of an undisturbed run, saved on the way; the weights at the end are left in a file."""
     engine, config = made(layout)
     curve = stepped(engine, config, 0, SAVED_AFTER)
-    save_checkpoint(FOLDER / layout, engine, state_after(SAVED_AFTER), config, "none", GROUP)
+    save_checkpoint(FOLDER / layout, engine, state_after(SAVED_AFTER), config, None, GROUP)
     validation = engine.validation_nll(rank_batches(config, 99, DIMS.data_rank, DIMS.data_world)[0])
     curve += stepped(engine, config, SAVED_AFTER, STEPS)
-    path = save_checkpoint(FOLDER / layout, engine, state_after(STEPS), config, "none", GROUP)
+    path = save_checkpoint(FOLDER / layout, engine, state_after(STEPS), config, None, GROUP)
     dist.all_reduce(validation)
     return {"curve": curve, "path": str(path), "validation": float(validation)}
 
@@ -100,7 +103,7 @@ def resume(source: str, target: str) -> dict[str, Any]:
     state = load_checkpoint(checkpoint_path(FOLDER / source, SAVED_AFTER), engine)
     assert state == state_after(SAVED_AFTER)
     curve = stepped(engine, config, SAVED_AFTER, STEPS)
-    path = save_checkpoint(FOLDER / f"{source}-to-{target}", engine, state_after(STEPS), config, "none", GROUP)
+    path = save_checkpoint(FOLDER / f"{source}-to-{target}", engine, state_after(STEPS), config, None, GROUP)
     return {"curve": curve, "digest": weights_digest(read_weights(path))}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pretrain.checkpoint import save_checkpoint
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.device import detect, new_cpu_group
 from pretrain.engine import Engine, agree, build_engine
@@ -57,7 +57,7 @@ def train(case: LayoutCase) -> dict[str, Any]:
     engine = build_engine(config, detect(), dims)
     result = trained(engine, config, dims.data_rank, dims.data_world)
     folder = Path(os.environ["CASE_FOLDER"]) / case.name
-    path = save_checkpoint(folder, engine, TrainState(step=STEPS, position=0, tokens=0), config, "none", _host_group())
+    path = save_checkpoint(folder, engine, TrainState(step=STEPS, position=0, tokens=0), config, None, _host_group())
     return {**result, "path": str(path)}
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import newest_checkpoint, read_index
+from pretrain.checkpoint.folder import newest_checkpoint
+from pretrain.checkpoint.index import read_index
 from tests.conftest import Corpus, Steppe
 
 pytestmark = pytest.mark.slow

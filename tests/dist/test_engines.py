@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.checkpoint import read_weights
+from pretrain.checkpoint.read import read_weights
 from pretrain.engine import build_decoder
 from tests.dist.harness import run_cases
 from tests.small_run import small_config

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint import read_weights
+from pretrain.checkpoint.read import read_weights
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
 from pretrain.parallel_dims import ParallelDims

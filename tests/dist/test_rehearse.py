@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from launch.shrink import STEPS, STOP_AFTER
-from pretrain.checkpoint import list_checkpoints, read_index
+from pretrain.checkpoint.folder import list_checkpoints
+from pretrain.checkpoint.index import read_index
 from pretrain.run_dir import RunDir, read_events
 from tests.conftest import Corpus, Steppe
 

@@ -16,7 +16,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pretrain.checkpoint import list_checkpoints, newest_checkpoint, read_index, read_weights
+from pretrain.checkpoint.folder import list_checkpoints, newest_checkpoint
+from pretrain.checkpoint.index import read_index
+from pretrain.checkpoint.read import read_weights
 from pretrain.recorder import STEP_SCALARS
 from pretrain.run_dir import RunDir, read_events
 from tests.conftest import Corpus, Steppe, command, environment

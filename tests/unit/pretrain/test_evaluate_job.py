@@ -98,7 +98,18 @@ def test_a_job_says_what_it_measured(model: Path, tmp_path: Path) -> None:
     data = {"a": str(write_lines(tmp_path / "a.jsonl", TEXTS, field="body"))}
     result = run_job(EvaluationJob(str(model), data, text_field="body"))
     assert list(result) == [
-        *("model", "step", "loss", "perplexity", "bits_per_byte", "tokens", "bytes", "documents", "by_domain"),
+        *(
+            "model",
+            "step",
+            "passed_over",
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+            "tokens",
+            "bytes",
+            "documents",
+            "by_domain",
+        ),
         *("window", "stride", "start_token", "eos_scored", "precision"),
     ]
     assert result["documents"] == len(TEXTS)

@@ -11,7 +11,8 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from model.parameters import buffer_shapes
-from pretrain.checkpoint import checkpoint_path, save_checkpoint
+from pretrain.checkpoint.folder import checkpoint_path
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
@@ -19,6 +20,7 @@ from pretrain.load_model import load_model
 from pretrain.recipe import dump_config
 from pretrain.run_dir import RunDir
 from pretrain.state import TrainState
+from tests.checkpoint_edit import edit_index
 from tests.tiny_hf import TEXTS, VOCAB_SIZE, tiny_hf_folder
 
 MOE = {"experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "balance": "bias", "first_layer": 1}
@@ -27,7 +29,7 @@ MOE = {"experts": 4, "experts_per_token": 2, "expert_ffn_size": 16, "balance": "
 def write_run(path: Path, steps: tuple[int, ...] = (10, 20), moe: dict[str, object] | None = None) -> RunDir:
     """A run folder whose checkpoint of step N holds the initial weights of seed N; a router's biases are N too."""
     run = RunDir(path)
-    stats = train_tokenizer(TEXTS, VOCAB_SIZE, run.tokenizer_path)
+    train_tokenizer(TEXTS, VOCAB_SIZE, run.tokenizer_path)
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "ffn_size": 64, "vocab_size": VOCAB_SIZE, "moe": moe}
     config = RunConfig.model_validate(
         {
@@ -46,7 +48,7 @@ def write_run(path: Path, steps: tuple[int, ...] = (10, 20), moe: dict[str, obje
         for name in buffer_shapes(config.model):
             decoder.get_buffer(name).fill_(step)
         engine = TorchEngine(decoder, config, device)
-        save_checkpoint(run.checkpoints, engine, TrainState(step=step), config, stats.fingerprint, None)
+        save_checkpoint(run.checkpoints, engine, TrainState(step=step), config, run.tokenizer_path, None)
     return run
 
 
@@ -92,12 +94,27 @@ def test_a_checkpoint_folder_takes_its_runs_tokenizer(run: RunDir, monkeypatch: 
     assert load_model(Path(".")).step == 10
 
 
-def test_a_moved_checkpoint_needs_its_tokenizer_named(run: RunDir, tmp_path: Path) -> None:
+def test_a_moved_checkpoint_has_all_it_needs(run: RunDir, tmp_path: Path) -> None:
     alone = tmp_path / "elsewhere" / "deep" / "checkpoint"
     shutil.copytree(checkpoint_path(run.checkpoints, 20), alone)
+    assert load_model(alone).step == 20
+    edit_index(alone, lambda index: index.update(tokenizer_fingerprint=None))
+    (alone / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match="no tokenizer at .*--tokenizer FILE"):
         load_model(alone)
     assert load_model(alone, tokenizer=run.tokenizer_path).step == 20
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(run: RunDir) -> None:
+    file = checkpoint_path(run.checkpoints, 20) / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    model = load_model(run.path)
+    assert model.step == 10
+    assert "rank-00000.safetensors is damaged: block" in model.passed_over[0]
+    with pytest.raises(ValueError, match="fails its hash"):
+        load_model(run.path, step=20)
 
 
 def test_a_hugging_face_folder_gives_transformers_logits(hf: Path) -> None:
@@ -139,10 +156,8 @@ def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
 
 def test_a_router_without_its_bias_is_refused(tmp_path: Path) -> None:
     run = write_run(tmp_path / "moe", (20,), MOE)
-    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
-    index = json.loads(index_path.read_text())
-    del index["parameters"]["layers.1.mlp.router.bias"]
-    index_path.write_text(json.dumps(index))
+    checkpoint = checkpoint_path(run.checkpoints, 20)
+    edit_index(checkpoint, lambda index: index["parameters"].pop("layers.1.mlp.router.bias"))
     with pytest.raises(ValueError, match="lacks the tensor layers.1.mlp.router.bias"):
         load_model(run.path)
 
@@ -226,18 +241,12 @@ def test_weights_that_are_not_finite_are_refused(hf: Path, value: float) -> None
 
 
 def test_weights_of_another_shape_are_refused(run: RunDir) -> None:
-    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
-    index = json.loads(index_path.read_text())
-    index["config"]["model"]["ffn_size"] = 128
-    index_path.write_text(json.dumps(index))
+    edit_index(checkpoint_path(run.checkpoints, 20), lambda index: index["model"].update(ffn_size=128))
     with pytest.raises(ValueError, match=r"has shape \[64, 32\], its config says \[128, 32\]"):
         load_model(run.path)
 
 
 def test_weights_that_are_missing_are_refused(run: RunDir) -> None:
-    index_path = checkpoint_path(run.checkpoints, 20) / "index.json"
-    index = json.loads(index_path.read_text())
-    del index["parameters"]["norm.weight"]
-    index_path.write_text(json.dumps(index))
+    edit_index(checkpoint_path(run.checkpoints, 20), lambda index: index["parameters"].pop("norm.weight"))
     with pytest.raises(ValueError, match="lacks the tensor norm.weight"):
         load_model(run.path)

@@ -1,0 +1,134 @@
+"""The folder of a run's checkpoints: which there are, which stay, and which were found to be damaged.
+
+step_00000100/          committed: what bears its final name was whole when it got it
+step_00000200.tmp/      a save that is under way, or was cut short
+step_00000150.damaged/  passed over by a resume; it stays until the run has come as far again
+latest                  a hint for people, which nothing reads
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from pretrain.checkpoint.index import DamagedError, read_index
+from pretrain.config import CheckpointConfig
+from pretrain.run_dir import sync_folder
+
+_COMMITTED = re.compile(r"step_(\d{8,})")
+_DAMAGED = re.compile(r"step_(\d{8,})\.damaged")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step_{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_").removesuffix(".damaged"))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Committed checkpoints, oldest first."""
+    return _named(folder, _COMMITTED)
+
+
+def list_damaged(folder: Path) -> list[Path]:
+    """What resumes have passed over and set aside, oldest first."""
+    return _named(folder, _DAMAGED)
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if pattern.fullmatch(path.name)), key=step_of)
+
+
+def whole_checkpoints(folder: Path, passed_over: list[str]) -> Iterator[Path]:
+    """Committed checkpoints whose index and files are there, newest first; why others are not goes to `passed_over`."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            read_index(checkpoint)
+        except (DamagedError, OSError) as error:
+            passed_over.append(str(error))
+        else:
+            yield checkpoint
+
+
+def newest_checkpoint(folder: Path, passed_over: list[str] | None = None) -> Path | None:
+    """The newest of `whole_checkpoints`, or None where there is no checkpoint at all.
+
+    Raises ValueError if there are checkpoints and none is whole.
+    """
+    passed_over = [] if passed_over is None else passed_over
+    newest = next(whole_checkpoints(folder, passed_over), None)
+    if newest is None and passed_over:
+        raise none_is_whole(folder, passed_over)
+    return newest
+
+
+def none_is_whole(folder: Path, passed_over: Sequence[str]) -> ValueError:
+    """The refusal where there are checkpoints and none can be used: what was learnt is not thrown away unasked."""
+    return ValueError(
+        f"none of the checkpoints in {folder} can be used: {'; '.join(passed_over)}. "
+        "Restore one, or move the folder away to train from scratch"
+    )
+
+
+def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
+    """Which of the checkpoints of these steps, rising, stay: the last `keep`, every one that `keep_every_steps`
+    divides, and where `keep_best` asks for it that with the lowest of the validation `losses`, by step."""
+    kept = set(steps[-config.keep :])
+    if config.keep_every_steps:
+        kept |= {step for step in steps if step % config.keep_every_steps == 0}
+    if config.keep_best:
+        kept |= set(sorted((step for step in steps if step in losses), key=lambda step: losses[step])[:1])
+    return kept
+
+
+def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[int, float]) -> None:
+    """Remove what need not stay, now that the newest checkpoint is committed.
+
+    Only whole ones count as kept, so that one with a file missing never pushes out another; and nothing at all is
+    removed unless the newest is whole. What a resume set aside goes once the run has come as far again. Something that
+    is being removed never looks like a checkpoint.
+    """
+    checkpoints = list_checkpoints(folder)
+    newest = step_of(checkpoints[-1])
+    whole: list[int] = []
+    for path in whole_checkpoints(folder, []):
+        whole.insert(0, step_of(path))
+        if len(whole) == config.keep:
+            break
+    if not whole or whole[-1] != newest:
+        return
+    older = [step_of(path) for path in checkpoints if step_of(path) < whole[0]]  # rotten or not: these may go
+    kept = kept_steps([*older, *whole], config, losses)
+    doomed = [path for path in checkpoints if step_of(path) not in kept]
+    doomed += [path for path in list_damaged(folder) if step_of(path) <= newest]
+    for path in doomed:
+        remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint's folder, by way of a name that no one takes for a checkpoint's."""
+    scratch = checkpoint.with_name(checkpoint.name + ".tmp")
+    os.replace(checkpoint, scratch)
+    shutil.rmtree(scratch)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves and removals that were cut short have left."""
+    for leftover in folder.glob("*.tmp"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint, so that no resume takes it, but a person may look at it."""
+    target = checkpoint.with_name(checkpoint.name + ".damaged")
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(checkpoint, target)
+    sync_folder(checkpoint.parent)

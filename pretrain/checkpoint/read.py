@@ -1,0 +1,122 @@
+"""Reading what is wanted of a checkpoint: boxes are intersected, and each stored block is read once and verified."""
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.parameters import buffer_shapes
+from pretrain.boxes import Box, Piece, slices
+from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
+from pretrain.checkpoint.rank_file import RankFile, tensor_key
+
+OPEN_FILES = 64  # at a time: a process may have 1,024, and not for this alone
+
+
+class Copy(NamedTuple):
+    """The part of a stored box that goes into a piece."""
+
+    stored: Box
+    part: Box
+    piece: Piece
+
+
+def plan_copies(index: CheckpointIndex, pieces: Sequence[Piece]) -> dict[int, list[Copy]]:
+    """What to read for these pieces, by the rank whose file holds it.
+
+    Raises ValueError where the model is another, DamagedError where the checkpoint does not cover a piece.
+    """
+    copies: dict[int, list[Copy]] = defaultdict(list)
+    for piece in pieces:
+        stored = index.parameters.get(piece.name)
+        if stored is None or stored.shape != piece.shape:
+            has = "nothing" if stored is None else f"shape {list(stored.shape)}"
+            raise ValueError(f"it holds {has} for {piece.name}, the model's config says {list(piece.shape)}")
+        low = np.maximum(stored.offsets, piece.box.offset)
+        high = np.minimum(stored.offsets + stored.sizes, np.add(piece.box.offset, piece.box.size))
+        rows = np.flatnonzero((low < high).all(axis=1))
+        covered = int((high - low)[rows].prod(axis=1).sum())
+        if covered != piece.box.numel:
+            raise DamagedError(f"it covers {covered} of {piece.box.numel} values of {piece.name}: it is damaged")
+        for row in rows.tolist():
+            part = Box(tuple(low[row].tolist()), tuple((high - low)[row].tolist()))
+            copies[int(stored.ranks[row])].append(Copy(stored.box(row), part, piece))
+    return copies
+
+
+class CheckpointReader:
+    """The tensors of a checkpoint, verified as they are read."""
+
+    def __init__(self, checkpoint: Path, index: CheckpointIndex | None = None) -> None:
+        """index: where it is known already. Raises DamagedError, see `read_index`."""
+        self.checkpoint = checkpoint
+        self.index = read_index(checkpoint) if index is None else index
+        self._files: OrderedDict[int, RankFile] = OrderedDict()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        while self._files:
+            self._files.popitem()[1].close()
+
+    @torch.no_grad()
+    def fill(self, pieces: Sequence[Piece]) -> None:
+        """Write the stored values into the views of these pieces, all their kinds.
+
+        Raises ValueError where the model is another, DamagedError where a value is missing or damaged, OSError where a
+        file cannot be read; some views have been written to then.
+        """
+        for rank, copies in sorted(plan_copies(self.index, pieces).items()):
+            file = self._open(rank)
+            reads = []
+            for copy in copies:
+                for kind in copy.piece.views:
+                    key = tensor_key(kind, copy.piece.name, copy.stored)
+                    reads.append((file.start_of(key, copy.stored.size), key, kind, copy))
+            reads.sort(key=lambda read: read[:2])  # onwards through the file
+            for _, key, kind, copy in reads:
+                _copy_rows(file, key, copy, copy.piece.views[kind])
+
+    def tensor(self, name: str, kind: str = "fp32") -> Tensor:
+        """A logical tensor, whole, fp32 on the CPU. Raises as `fill` does."""
+        if name not in self.index.parameters:
+            raise DamagedError(f"{self.checkpoint} holds nothing for {name}")
+        shape = self.index.parameters[name].shape
+        whole = torch.empty(shape)
+        self.fill([Piece(name, shape, Box((0,) * len(shape), shape), False, {kind: whole})])
+        return whole
+
+    def _open(self, rank: int) -> RankFile:
+        if rank not in self._files:
+            if len(self._files) == OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            path = self.checkpoint / rank_file_name(rank)
+            self._files[rank] = RankFile(path, self.index.files[rank], self.index.block_bytes)
+        return self._files[rank]
+
+
+def _copy_rows(file: RankFile, key: str, copy: Copy, view: Tensor) -> None:
+    """Copy a part of a stored tensor into a piece's view, some rows at a time."""
+    first = copy.part.offset[0] - copy.stored.offset[0]
+    source, target = slices(copy.part, copy.stored)[1:], slices(copy.part, copy.piece.box)
+    into = view[target]
+    for row, rows in file.rows(key, copy.stored.size, first, first + copy.part.size[0]):
+        into[row - first : row - first + len(rows)] = rows[:, *source].to(view.device)
+
+
+def read_weights(checkpoint: Path, kind: str = "fp32") -> dict[str, Tensor]:
+    """The fp32 weights under their logical names, whole, on the CPU.
+
+    kind: another kind of state, such as `exp_avg`, of the parameters; buffers have none.
+    Raises DamagedError where anything is missing or damaged.
+    """
+    with CheckpointReader(checkpoint) as reader:
+        buffers = buffer_shapes(reader.index.model)
+        names = [name for name in reader.index.parameters if kind == "fp32" or name not in buffers]
+        return {name: reader.tensor(name, kind) for name in names}
