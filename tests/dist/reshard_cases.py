@@ -1,71 +1,106 @@
-"""Cases for test_reshard.py: a run of each layout goes on from its own checkpoint, and from that of the one before."""
+"""Cases for test_reshard.py, as the environment names them: a layout is trained and saved on the way, or goes on from
+the checkpoint of another (`reshard_pairs.py`). What RunDir, recorder and launcher add to that, test_run.py tests.
+"""
 
+import functools
 import gc
 import os
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+from data_pipeline.order import Stage
+from pretrain.checkpoint.load import load_newest
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.config import RunConfig
 from pretrain.device import detect, new_cpu_group
-from pretrain.engine import agree, build_engine
+from pretrain.engine import Engine, agree, build_engine
+from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.parallel_dims import ParallelDims
+from pretrain.schedule import learning_rate
 from pretrain.state import TrainState
-from tests.small_run import MODELS, rank_batches, small_config
+from pretrain.train import open_loader
+from tests.dist.reshard_pairs import LAYOUTS, LOADS, SAME, SAVED_AFTER, STEPS, Load, SavedLayout
 
-FOLDER, GROUP = Path(os.environ["CASE_FOLDER"]), new_cpu_group()
-STEPS, SAVED_AFTER = 4, 2
-DENSE = {
-    "tp2-zero1": "{tensor: 2, zero_stage: 1}",
-    "tp4-zero3": "{tensor: 4, zero_stage: 3}",
-    "sp2-zero2": "{sequence: 2, zero_stage: 2, offload_optimizer: cpu}",
-    "tp2-sp2-zero0": "{tensor: 2, sequence: 2, zero_stage: 0}",
-}
-MOE = {
-    "ep4-zero2": "{expert: 4, zero_stage: 2}",
-    "ep2-tp2-zero1": "{expert: 2, tensor: 2, zero_stage: 1}",
-    "ep2-zero3": "{expert: 2, zero_stage: 3}",
-    "ep1-sp2-zero0": "{sequence: 2, zero_stage: 0}",
-}
-# Routers stay fp32, at ZeRO 3 beside what DeepSpeed holds.
-MOE_BF16 = {
-    "ep2-zero3": "{expert: 2, zero_stage: 3}",
-    "ep2-tp4-zero3": "{expert: 2, tensor: 4, zero_stage: 3}",
-    "ep2-zero2": "{expert: 2, zero_stage: 2}",
-    "tp2-zero3": "{tensor: 2, zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}",
-}
-FAMILIES = {
-    "dense": (DENSE, ["precision=fp32"]),
-    "muon": ({name: DENSE[name] for name in ("tp2-zero1", "tp2-sp2-zero0")}, ["precision=fp32", "optimizer.name=muon"]),
-    "moe-bf16": (MOE_BF16, ["precision=bf16", f"model.moe={MODELS['moe']}"]),
-    "moe": (MOE, ["precision=fp32", f"model.moe={MODELS['moebias']}"]),
-}
+FOLDER = Path(os.environ["RESHARD_FOLDER"])
+# Positions, 8 a step: the mixture changes within a step before the checkpoint, and again within the first after it.
+STAGES = (Stage(0, {"first": 3, "second": 1}), Stage(12, {"first": 1, "second": 1}), Stage(21, {"second": 1}))
+# A loss scale that is not the first one, and rises at every step but the first: state that must travel.
+FP16_SCALER = {"cur_scale": 2.0**10, "scale_window": 1}
+
+# torch computes in fp16 on any processor, slowly on most; DeepSpeed is told that it may.
+get_accelerator().is_fp16_supported = lambda: True
 
 
-def run(family: str, layout: str, load_from: str | None) -> list[list[float]]:
-    """[loss, grad_norm] of the steps from the beginning, saved on the way, or of those after a checkpoint."""
-    layouts, settings = FAMILIES[family]
-    config = small_config(*settings, f"parallel={layouts[layout]}")
-    dims = ParallelDims.of_this_rank(config)
-    engine = build_engine(config, detect(), dims)
-    if load_from is not None:
-        load_checkpoint(checkpoint_path(FOLDER / family / load_from, SAVED_AFTER), engine, GROUP)
+def train(layout: SavedLayout) -> dict[str, Any]:
+    """[loss, grad_norm] of each step of a run that nothing disturbs, saved on the way."""
+    config, dims, engine = started(layout)
+    if layout.precision == "fp16":
+        assert isinstance(engine, DeepSpeedEngine)
+        vars(engine.engine.optimizer.loss_scaler).update(FP16_SCALER)
+    state = TrainState(stages=list(STAGES))
+    curve = steps(engine, config, dims, state, SAVED_AFTER)
+    save_checkpoint(FOLDER / layout.name, engine, state, config, None, host_group())
+    return {"curve": curve + steps(engine, config, dims, state, STEPS)}
+
+
+def resume(load: Load) -> dict[str, Any]:
+    """What a layout knows right after a load, saved again as it is, and [loss, grad_norm] of the steps from there."""
+    config, dims, engine = started(load.target)
+    restored = load_newest(FOLDER / load.source.name, engine, host_group())
+    assert restored.checkpoint is not None, restored.passed_over
+    state = restored.state
+    loaded = {"trainer": state.state_dict(), "engine": engine.scalars()}
+    save_checkpoint(FOLDER / load.name, engine, state, config, None, host_group())
+    return {**loaded, "curve": steps(engine, config, dims, state, STEPS)}
+
+
+def started(layout: SavedLayout) -> tuple[RunConfig, ParallelDims, Engine]:
+    """The engine of a layout at step 0."""
+    config, dims = prepared(layout)
+    return config, dims, build_engine(config, detect(), dims)
+
+
+def steps(engine: Engine, config: RunConfig, dims: ParallelDims, state: TrainState, until: int) -> list[list[float]]:
+    """[loss, grad_norm] of each step from where the state is. Data and learning rate follow from the state alone."""
     curve = []
-    for step in range(SAVED_AFTER if load_from else 0, STEPS):
-        status = agree(engine.train_step(rank_batches(config, step, dims.data_rank, dims.data_world), 1e-3 * (step + 1)))
-        curve.append([status.loss, status.grad_norm])
-        if load_from is None and step + 1 == SAVED_AFTER:
-            state = TrainState(step=SAVED_AFTER, position=0, tokens=0)
-            save_checkpoint(FOLDER / family / layout, engine, state, config, "none", GROUP)
-    del engine
-    gc.collect()
+    with closing(open_loader(config, state, dims)) as loader:
+        while state.step < until:
+            status = agree(engine.train_step(next(loader), learning_rate(config, state.step, state.tokens)))
+            state.advance(config.batch.global_batch_size, config.data.sequence_length)
+            curve.append([status.loss, status.grad_norm])
     return curve
 
 
-CASES: dict[str, Any] = {}
-for family, (layouts, _) in FAMILIES.items():
-    names = list(layouts)
-    for name in names:
-        CASES[f"{family} {name}"] = lambda family=family, name=name: run(family, name, None)
-    for previous, name in zip([names[-1], *names], names, strict=False):
-        CASES[f"{family} {name} from {name}"] = lambda family=family, name=name: run(family, name, name)
-        CASES[f"{family} {name} from {previous}"] = lambda f=family, n=name, p=previous: run(f, n, p)
+@functools.cache
+def prepared(layout: SavedLayout) -> tuple[RunConfig, ParallelDims]:
+    """A layout's config, and the process groups that its cases share."""
+    config = layout.config(*os.environ["RESHARD_CORPUS"].splitlines())
+    return config, ParallelDims.of_this_rank(config)
+
+
+@functools.cache
+def host_group() -> dist.ProcessGroup | None:
+    """As the training loop has it."""
+    return new_cpu_group() if dist.get_world_size() > 1 else None
+
+
+def freeing(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of a case. An engine holds itself in a circle; the next one should find its memory free."""
+    gc.freeze()  # what was there before is not looked at
+    result = case()
+    gc.collect()
+    return result
+
+
+def _cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    known = {layout.name: functools.partial(train, layout) for layout in LAYOUTS}
+    known |= {load.name: functools.partial(resume, load) for load in (*SAME, *LOADS)}
+    return {name: functools.partial(freeing, known[name]) for name in os.environ["RESHARD_CASES"].splitlines()}
+
+
+CASES = _cases()
