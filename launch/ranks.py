@@ -7,6 +7,8 @@ import sys
 import uuid
 from typing import Any
 
+from pretrain.stop import LAUNCHER
+
 # How long ranks may take to finish a step and save, once asked to stop, before they are killed.
 GRACE_SECONDS = 600
 
@@ -51,6 +53,7 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
     )
     # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. It is unset
     # again: this process may start another number of ranks, as a rehearsal does.
+    os.environ[LAUNCHER] = str(os.getpid())
     chosen = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     try:

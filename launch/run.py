@@ -25,6 +25,10 @@ from pretrain.run_dir import RunDir, event_line, open_events, read_events, read_
 RECIPES = Path(__file__).parent / "recipes"
 
 
+# What a start that was killed before the config was written leaves: nothing to go on from, and nothing to lose.
+BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.model", "config.yaml.tmp"}
+
+
 def recipe_path(recipe: str) -> Path:
     """A path, or the name of a recipe that comes with Steppe. Raises ValueError listing those."""
     path, built_in = Path(recipe), RECIPES / f"{recipe}.yaml"
@@ -40,7 +44,7 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, s
     """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
     config = with_absolute_paths(load_config(recipe_path(recipe), overrides))
     run = RunDir(run_dir.resolve())
-    if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+    if run.path.exists() and not (run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= BEFORE_A_RUN):
         raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
     ranks = nproc if nproc is not None else default_ranks(run)
     check_ranks(config, ranks)

@@ -56,6 +56,7 @@ def train(
             run_dir.checkpoints, engine, config, run_dir.tokenizer_path, save_group, losses, recorder.saved
         )
         opened.enter_context(closing(saver))
+        stop.begin()
 
         outcome = missing_data(loader, state.step, host_group)
         while outcome is None:

@@ -98,6 +98,21 @@ def test_stop_after_then_resume_is_exact(undisturbed: Path, steppe: Steppe, corp
     assert "step 12: the run has come that far already" in done.stderr
 
 
+def test_a_run_starts_from_the_weights_of_another(
+    undisturbed: Path, steppe: Steppe, corpus: Corpus, tmp_path: Path
+) -> None:
+    """Also when it was stopped before its first checkpoint: then from the same ones again."""
+    run = tmp_path / "run"
+    settings = corpus.settings("precision=fp32", f"init_from={undisturbed}")
+    done = steppe("train", "58m", "--run-dir", run, *settings, "--stop-after", 1)
+    assert f"starts from the weights of {undisturbed / 'checkpoints' / 'step_00000012'}" in done.stderr
+    first = curve(run)
+    assert first[0][1] < curve(undisturbed)[0][1] - 0.5
+    shutil.rmtree(run / "checkpoints")
+    steppe("resume", run, "--stop-after", 1)
+    assert curve(run) == first
+
+
 def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     """The ranks under a launcher."""
     return psutil.Process(process.pid).children(recursive=True)
@@ -189,6 +204,21 @@ def test_the_launchers_death_stops_the_ranks(started: "subprocess.Popen[str]", t
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None
     assert read_index(newest).step == len(curve(tmp_path / "run"))
+
+
+def test_the_launchers_death_while_ranks_start_ends_them(corpus: Corpus, tmp_path: Path) -> None:
+    """They would wait for each other at an address that is gone."""
+    words = ("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *corpus.settings())
+    launcher = subprocess.Popen(command(*words), stderr=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 120
+    while len(ranks := ranks_of(launcher)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(0.5)  # both have told the kernel what to do
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
 
 
 def test_resume_on_another_layout_changes_nothing_but_rounding(steppe: Steppe, corpus: Corpus, tmp_path: Path) -> None:

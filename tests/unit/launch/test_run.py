@@ -9,9 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from launch.ranks import RanksError, StoppedError, culprit, run_ranks
-from launch.run import check_same_data, failure, locked, recipe_path
+from launch.run import check_same_data, failure, locked, recipe_path, with_checked_init
+from pretrain.checkpoint.folder import checkpoint_path
+from pretrain.checkpoint.index import read_index
+from pretrain.config import RunConfig
 from pretrain.outcome import Outcome, exit_code_of
+from pretrain.recipe import load_config, validated
 from pretrain.run_dir import RunDir, read_json
+from tests.tiny_run import write_run
 
 
 @pytest.fixture
@@ -86,6 +91,31 @@ def test_a_resumed_run_reads_the_same_data() -> None:
     with pytest.raises(ValueError, match="data source b is not what this run has read.*--allow manifest"):
         check_same_data(old, {"tokenizer": "t1", "manifests": {"b": "m3"}}, ["tokenizer"])
     check_same_data(old, {"tokenizer": "t2", "manifests": {"b": "m3"}}, ["tokenizer", "manifest"])
+
+
+def test_weights_to_start_from_are_of_this_model_and_tokenizer(tmp_path: Path) -> None:
+    source = write_run(tmp_path / "source")
+    config = load_config(source.config_path)
+    newest = checkpoint_path(source.checkpoints, 20)
+    tokenizer = read_index(newest).tokenizer_fingerprint
+    assert tokenizer is not None
+
+    def begun(init_from: Path, **model: object) -> RunConfig:
+        tree = config.model_dump(mode="json")
+        return validated({**tree, "init_from": str(init_from), "model": {**tree["model"], **model}})
+
+    assert with_checked_init(config, tokenizer) == config
+    # A run's newest checkpoint of today; a training matter may differ.
+    assert with_checked_init(begun(source.path), tokenizer).init_from == str(newest)
+    assert with_checked_init(begun(newest, document_mask=True), tokenizer).init_from == str(newest)
+    with pytest.raises(
+        ValueError, match="rope_theta=10000.0, this run's model has 500000.0: set model"
+    ):
+        with_checked_init(begun(newest, rope_theta=500000.0), tokenizer)
+    with pytest.raises(ValueError, match="was trained with another tokenizer"):
+        with_checked_init(begun(newest), "0" * 16)
+    with pytest.raises(ValueError, match="is neither a run"):
+        with_checked_init(begun(tmp_path), tokenizer)
 
 
 def test_whose_fault_it_is(tmp_path: Path) -> None:
