@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 
 from launch.bench.app import app as bench
-from launch.commands import data, demo, evaluate, generate, plan, train
+from launch.commands import checkpoint, convert, data, demo, evaluate, generate, plan, train
 
 app = typer.Typer(
     name="steppe",
@@ -24,7 +24,10 @@ app.command("train")(train.train)
 app.command("resume")(train.resume)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
+app.command("export")(convert.export)
+app.command("import")(convert.import_)
 app.command("plan")(plan.plan)
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(bench, name="bench")
 
 

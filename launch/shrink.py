@@ -113,7 +113,11 @@ def _shrunk(config: RunConfig, full: Layout, small: Layout, keep_vocabulary: boo
             "activation_checkpointing_every": min(2, config.parallel.activation_checkpointing_every),
             "compile": False,
         },
-        "checkpoint": {"every_steps": STOP_AFTER if config.checkpoint.every_steps else 0},
+        "checkpoint": {
+            "every_steps": STOP_AFTER if config.checkpoint.every_steps else 0,
+            "keep_every_steps": 0,
+            "keep_best": False,
+        },
         "evaluation": {
             "every_steps": STOP_AFTER,
             "windows": min(config.evaluation.windows, windows),

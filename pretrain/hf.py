@@ -1,19 +1,14 @@
-"""Hugging Face's names and configs for the same decoder: Llama, and Qwen3 where queries and keys are normed; with
-experts Mixtral, and Qwen3-MoE."""
+"""Hugging Face's configs for the same decoder: Llama, and Qwen3 where queries and keys are normed; with experts
+Mixtral, and Qwen3-MoE."""
 
-import json
 import math
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
-from model.config import ModelConfig, padded_vocab_size
-from model.parameters import VOCABULARY_PARAMETERS, is_expert, parameter_shapes
-from pretrain.hf_moe import moe_from_hf, moe_to_hf, stored_names
+from model.config import ModelConfig
+from pretrain.hf_moe import moe_from_hf, moe_to_hf
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -107,7 +102,7 @@ def config_to_hf(
     else 2048). transformers does not limit a model by it, but its tools show and use it.
     Raises ValueError for a shape that transformers refuses.
     """
-    model_type = _model_type(config)
+    model_type = model_type_of(config)
     if model_type == "llama" and config.hidden_size % config.num_heads:
         raise ValueError(
             f"hidden_size {config.hidden_size} is not divisible by num_heads {config.num_heads}: transformers' Llama "
@@ -136,105 +131,11 @@ def config_to_hf(
     }
 
 
-def weights_from_hf(hf: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our names, in the decoder's order; the vocabulary padded with zero rows, the experts of a layer stacked.
-
-    Raises ValueError if a tensor is missing, unknown, or of another shape than `config` says.
-    """
-    shapes = parameter_shapes(config)
-    sources = {name: _sources(name, config) for name in shapes}
-    theirs = {name.removeprefix("model."): name for name in hf if not name.endswith(".inv_freq")}
-    if config.tie_embeddings:
-        theirs.pop("lm_head.weight", None)  # some files repeat the tied weight
-    expected = {source for several in sources.values() for source in several}
-    missing, unknown = sorted(expected - theirs.keys()), sorted(theirs.keys() - expected)
-    if missing or unknown:
-        lacks = f"lacks {_some(missing)}" if missing else f"has {_some(unknown)}, which its config does not mention"
-        raise ValueError(f"the checkpoint {lacks}: its config and its tensors do not belong together")
-    weights: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        of_one = shape[1:] if is_expert(name) else _unpadded(name, shape, config)
-        tensors = [hf[theirs[source]] for source in sources[name]]
-        for source, tensor in zip(sources[name], tensors, strict=True):
-            if tuple(tensor.shape) != of_one:
-                raise ValueError(f"{source} has shape {tuple(tensor.shape)}, but the checkpoint's config says {of_one}")
-        weight = torch.stack(tensors) if is_expert(name) else tensors[0]
-        weights[name] = _pad(weight) if name in VOCABULARY_PARAMETERS else weight
-    return weights
-
-
-def weights_to_hf(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """transformers' names in files, the vocabulary without its padding, each expert by itself; a tied head is left to
-    the config to say."""
-    theirs: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        tensor = weight[: config.vocab_size].contiguous() if name in VOCABULARY_PARAMETERS else weight
-        tensors = tensor.unbind() if is_expert(name) else (tensor,)
-        prefix = "" if name.startswith("lm_head.") else "model."
-        theirs.update({prefix + source: t for source, t in zip(_sources(name, config), tensors, strict=True)})
-    return theirs
-
-
-def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights (our names, the stored dtype) of a folder with `config.json` and `*.safetensors`.
-
-    Raises FileNotFoundError if a file is missing, ValueError if it does not fit.
-    """
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{path} is not a Hugging Face model folder: it has no config.json")
-    config = config_from_hf(_read_json(config_file))
-    return config, weights_from_hf(_StoredTensors(_weight_files(path)), config)
-
-
-class _StoredTensors(Mapping[str, Tensor]):
-    """The tensors of some files by name, each read when it is asked for: memory need not hold a layer's experts
-    stacked and by themselves for all layers at once."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self._files: dict[str, Any] = {}
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} is missing, though the folder's index names it; download it again")
-            stored = safe_open(file, framework="pt")
-            self._files.update(dict.fromkeys(stored.keys(), stored))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-def _model_type(config: ModelConfig) -> str:
+def model_type_of(config: ModelConfig) -> str:
+    """transformers' name for the architecture of a config."""
     if config.moe is None:
         return "qwen3" if config.qk_norm else "llama"
     return "qwen3_moe" if config.qk_norm else "mixtral"
-
-
-def _sources(name: str, config: ModelConfig) -> list[str]:
-    """The names of a parameter in a file, without the leading `model.`."""
-    return stored_names(name, _model_type(config), config.moe.experts if config.moe is not None else 0)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    single = path / "model.safetensors"
-    if single.is_file():
-        return [single]
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor model.safetensors.index.json")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
 
 
 def _refuse_other_functions(hf: Mapping[str, Any]) -> None:
@@ -276,16 +177,3 @@ def _settle_yarn(rope: dict[str, Any]) -> None:
         rope["attention_factor"] = (mscale * log_factor + 1) / (mscale_all_dim * log_factor + 1)
     if rope.get("truncate") is True:
         del rope["truncate"]
-
-
-def _unpadded(name: str, shape: tuple[int, ...], config: ModelConfig) -> tuple[int, ...]:
-    return (config.vocab_size, *shape[1:]) if name in VOCABULARY_PARAMETERS else shape
-
-
-def _pad(weight_VD: Tensor) -> Tensor:
-    missing = padded_vocab_size(len(weight_VD)) - len(weight_VD)
-    return torch.nn.functional.pad(weight_VD, (0, 0, 0, missing))
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,7 +23,7 @@ from pretrain.checkpoint.folder import (
 from pretrain.checkpoint.index import INDEX_NAME, TOKENIZER_NAME, DamagedError, read_index
 from pretrain.checkpoint.read import read_weights
 from pretrain.device import detect
-from pretrain.hf import load_hf_folder
+from pretrain.hf_folder import load_hf_folder
 from pretrain.run_dir import RunDir, read_json
 
 DEFAULT_CONTEXT = 2048  # for a Hugging Face folder that states none
@@ -150,7 +150,8 @@ def _from_checkpoint(checkpoint: Path) -> _Found:
         weights=read_weights(checkpoint),
         tokenizer_path=checkpoint / TOKENIZER_NAME,
         tokenizer_fingerprint=index.tokenizer_fingerprint,
-        context_length=index.sequence_length,
+        # What imported weights claim is what their Hugging Face folder claimed.
+        context_length=index.sequence_length if index.config else min(index.sequence_length, LONGEST_CONTEXT),
         step=index.step,
     )
 

@@ -44,7 +44,7 @@ DEEPSPEED_DEFAULTS = {
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of a rank at one moment of a step; `host`: what it offloads.
+    """Bytes of a rank at one moment of a step; `host`: what it offloads, and what a checkpoint is staged in.
 
     The moments are those at which a step can be fullest, in its last micro-batch: `loss`, which holds its buffers while
     every activation is there; `backward`, as the first block is worked on; `reduction` of gradients, when a bucket of
@@ -79,6 +79,8 @@ def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemor
     zero = DEEPSPEED_DEFAULTS | deepspeed_config(config, layout.data)["zero_optimization"]
     held = _held(config, layout, zero)
     weights, optimizer, host = held.weights, held.optimizer, 0
+    if config.checkpoint.asynchronous:  # a copy of masters and optimizer state
+        host += optimizer + (weights if parallel.zero_stage == 0 else FP32 * held.apart)
     if parallel.offload_optimizer == "cpu":
         # The fp32 gradients of the share wait beside the masters; stages 1 and 2 go through a copy of the weights, too.
         host += (

@@ -1,6 +1,6 @@
 """Where this rank stands in the layout, with the process groups of its axes; and what all ranks say."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,10 +84,20 @@ def gathered_by_first(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return values or []
 
 
-def from_first(value: Any, group: dist.ProcessGroup | None) -> Any:
-    """The first rank's value, on every rank."""
+def first_of(act: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
+    """What `act` returns on the first rank, which alone calls it, on every rank.
+
+    Raises on every rank the ValueError or OSError that it raises there.
+    """
     if group is None:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, group=group, group_src=0)
-    return box[0]
+        return act()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            outcome[0] = act()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

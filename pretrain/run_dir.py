@@ -79,12 +79,18 @@ class RunDir:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves the old one or the new one, whole, and the new one stays."""
+    """Write a small file so that a crash leaves the old one or the new one, whole, and the new one stays.
+
+    Raises OSError naming the file.
+    """
     scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # such as that of a full disk, which names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.replace(scratch, path)
     sync_folder(path.parent)
 

@@ -19,7 +19,8 @@ from transformers import (
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
-from pretrain.hf import config_to_hf, weights_to_hf
+from pretrain.hf import config_to_hf
+from pretrain.hf_weights import weights_to_hf
 
 MOE = {"experts": 4, "experts_per_token": 2, "expert_ffn_size": 32}
 MIXTRAL = {"moe": {**MOE, "expert_ffn_size": 96}}  # the width of an expert is `intermediate_size` there

@@ -14,7 +14,8 @@ from data_pipeline.batch import Batch
 from model.parameters import is_decayed
 from pretrain.config import RunConfig
 from pretrain.engine import build_decoder, decoder_inputs
-from pretrain.hf import config_to_hf, weights_to_hf
+from pretrain.hf import config_to_hf
+from pretrain.hf_weights import weights_to_hf
 from pretrain.random_batch import random_batch
 
 if TYPE_CHECKING:

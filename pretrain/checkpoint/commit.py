@@ -10,6 +10,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.parameters import buffer_shapes, parameter_shapes
 from pretrain.boxes import Box
+from pretrain.checkpoint.folder import replaced_name
 from pretrain.checkpoint.index import (
     TOKENIZER_NAME,
     CheckpointIndex,
@@ -39,13 +40,10 @@ def commit(scratch: Path, final: Path, index: CheckpointIndex) -> None:
     write_index(scratch, index)
     sync_folder(scratch)
     if final.exists():  # a step that a resumed run makes again
-        replaced = final.with_name(final.name + ".replaced.tmp")
-        os.replace(final, replaced)
-        os.replace(scratch, final)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(scratch, final)
+        os.replace(final, replaced_name(final))
+    os.replace(scratch, final)
     sync_folder(final.parent)
+    shutil.rmtree(replaced_name(final), ignore_errors=True)
 
 
 def write_weights(
@@ -66,14 +64,18 @@ def write_weights(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     entries = [(tensor_key("fp32", name, boxes[name]), shape) for name, shape in shapes.items()]
-    stored = write_rank_file(scratch / rank_file_name(0), entries, (tensors(name) for name in shapes))
-    index = CheckpointIndex(
-        step=0,
-        model=model,
-        sequence_length=sequence_length,
-        tokenizer_fingerprint=copy_tokenizer(tokenizer, scratch),
-        block_bytes=BLOCK_BYTES,
-        files=[stored],
-        parameters=stored_parameters([boxes_of(0, ((name, shape, boxes[name]) for name, shape in shapes.items()))]),
-    )
-    commit(scratch, checkpoint, index)
+    try:
+        stored = write_rank_file(scratch / rank_file_name(0), entries, (tensors(name) for name in shapes))
+        index = CheckpointIndex(
+            step=0,
+            model=model,
+            sequence_length=sequence_length,
+            tokenizer_fingerprint=copy_tokenizer(tokenizer, scratch),
+            block_bytes=BLOCK_BYTES,
+            files=[stored],
+            parameters=stored_parameters([boxes_of(0, ((name, shape, boxes[name]) for name, shape in shapes.items()))]),
+        )
+        commit(scratch, checkpoint, index)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise

@@ -3,21 +3,24 @@
 step_00000100/          committed: what bears its final name was whole when it got it
 step_00000200.tmp/      a save that is under way, or was cut short
 step_00000150.damaged/  passed over by a resume; it stays until the run has come as far again
+step_00000100.replaced.tmp/  made way for another save of its step; it gets its name back if that was cut short
 latest                  a hint for people, which nothing reads
 """
 
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pretrain.checkpoint.index import DamagedError, read_index
+from pretrain.checkpoint.index import DamagedError, OtherVersionError, read_index
 from pretrain.config import CheckpointConfig
 from pretrain.run_dir import sync_folder
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _DAMAGED = re.compile(r"step_(\d{8,})\.damaged")
+_REPLACED = ".replaced.tmp"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -46,12 +49,21 @@ def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return sorted((path for path in folder.iterdir() if pattern.fullmatch(path.name)), key=step_of)
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's index and files are there."""
+    try:
+        read_index(checkpoint)
+    except (DamagedError, OtherVersionError, OSError):
+        return False
+    return True
+
+
 def whole_checkpoints(folder: Path, passed_over: list[str]) -> Iterator[Path]:
     """Committed checkpoints whose index and files are there, newest first; why others are not goes to `passed_over`."""
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             read_index(checkpoint)
-        except (DamagedError, OSError) as error:
+        except (DamagedError, OtherVersionError, OSError) as error:
             passed_over.append(str(error))
         else:
             yield checkpoint
@@ -84,7 +96,8 @@ def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[i
     if config.keep_every_steps:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
     if config.keep_best:
-        kept |= set(sorted((step for step in steps if step in losses), key=lambda step: losses[step])[:1])
+        measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
+        kept |= set(sorted(measured, key=lambda step: losses[step])[:1])
     return kept
 
 
@@ -105,30 +118,54 @@ def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[in
     if not whole or whole[-1] != newest:
         return
     older = [step_of(path) for path in checkpoints if step_of(path) < whole[0]]  # rotten or not: these may go
-    kept = kept_steps([*older, *whole], config, losses)
+    kept = kept_steps([*older, *whole], config, _of_whole_best(folder, [*older, *whole], losses))
     doomed = [path for path in checkpoints if step_of(path) not in kept]
     doomed += [path for path in list_damaged(folder) if step_of(path) <= newest]
     for path in doomed:
         remove(path)
 
 
+def _of_whole_best(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> dict[int, float]:
+    """Of these losses the lowest whose checkpoint is whole: `{step: loss}`, or nothing."""
+    for step in sorted(set(steps) & losses.keys(), key=lambda step: losses[step]):
+        if not math.isnan(losses[step]) and is_whole(checkpoint_path(folder, step)):
+            return {step: losses[step]}
+    return {}
+
+
 def remove(checkpoint: Path) -> None:
     """Remove a checkpoint's folder, by way of a name that no one takes for a checkpoint's."""
     scratch = checkpoint.with_name(checkpoint.name + ".tmp")
     os.replace(checkpoint, scratch)
+    sync_folder(checkpoint.parent)
     shutil.rmtree(scratch)
+
+
+def replaced_name(checkpoint: Path) -> Path:
+    """Where a checkpoint lies for the moment in which another of its step takes its place."""
+    return checkpoint.with_name(checkpoint.name + _REPLACED)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Give back its name to a checkpoint that had made way for one which then never came."""
+    for replaced in folder.glob(f"step_*{_REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(_REPLACED))
+        if not final.exists():
+            os.replace(replaced, final)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what saves and removals that were cut short have left."""
+    restore_replaced(folder)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def set_aside(checkpoint: Path) -> None:
-    """Rename a damaged checkpoint, so that no resume takes it, but a person may look at it."""
-    target = checkpoint.with_name(checkpoint.name + ".damaged")
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(checkpoint, target)
-    sync_folder(checkpoint.parent)
+def set_aside(*checkpoints: Path) -> None:
+    """Rename damaged checkpoints, so that no resume takes them, but a person may look at them."""
+    for checkpoint in checkpoints:
+        target = checkpoint.with_name(checkpoint.name + ".damaged")
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(checkpoint, target)
+        sync_folder(checkpoint.parent)

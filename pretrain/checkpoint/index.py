@@ -4,6 +4,7 @@ The file is `{"xxh3": HASH, "index": BODY}`, HASH being that of the body's very 
 numbered by rank, so nothing in it can lead out of its folder.
 """
 
+import re
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from model.config import ModelConfig
 from pretrain.boxes import Box, Index
@@ -20,12 +21,20 @@ from pretrain.run_dir import write_durably
 
 INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.model"
-_HEAD, _HASH = '{"xxh3": "%s", "index": ', slice(10, 26)
+_HEAD = '{"xxh3": "%s", "index": '
 _HEAD_BYTES = len(_HEAD % ("0" * 16))
+_FORMAT = re.compile(rb'\{"format": ?(\d+)')
+
+
+FORMAT = 2
 
 
 class DamagedError(ValueError):
     """A checkpoint, or a part of it, is not what was written."""
+
+
+class OtherVersionError(ValueError):
+    """A checkpoint is as it was written, by a version of Steppe with another format."""
 
 
 class _Strict(BaseModel):
@@ -45,7 +54,7 @@ class StoredParameter(_Strict):
     Flat, since a large run has a million boxes.
     """
 
-    shape: tuple[int, ...]
+    shape: tuple[PositiveInt, ...] = Field(min_length=1)
     boxes: list[int]
 
     @cached_property
@@ -101,7 +110,11 @@ class CheckpointIndex(_Strict):
         for name, stored in self.parameters.items():
             if len(stored.boxes) % (1 + 2 * len(stored.shape)):
                 raise ValueError(f"{name}: {len(stored.boxes)} numbers are no list of boxes of shape {stored.shape}")
-            inside = (stored.offsets >= 0) & (stored.sizes > 0) & (stored.offsets + stored.sizes <= stored.shape)
+            try:
+                shape = np.asarray(stored.shape, dtype=np.int64)
+                inside = (stored.offsets >= 0) & (stored.sizes > 0) & (stored.offsets <= shape - stored.sizes)
+            except OverflowError:
+                raise ValueError(f"{name}: a number in its shape or boxes is larger than any tensor") from None
             known = (stored.ranks >= 0) & (stored.ranks < len(self.files))
             if not (inside.all() and known.all()):
                 raise ValueError(f"{name}: a box lies outside of its shape {stored.shape}, or in a file that is none")
@@ -145,22 +158,30 @@ def write_index(folder: Path, index: CheckpointIndex) -> None:
 
 
 def parse_index(raw: bytes, path: Path) -> CheckpointIndex:
-    """The index in the bytes of an index.json. Raises DamagedError naming `path`."""
+    """The index in the bytes of an index.json. Raises DamagedError or OtherVersionError, naming `path`."""
+    if not raw.startswith(_HEAD.partition("%s")[0].encode()):
+        raise DamagedError(f"{path} is damaged, or of another version of Steppe: it does not begin with a hash")
     body = raw[_HEAD_BYTES:-1]
-    if raw[_HASH] != xxhash.xxh3_64_hexdigest(body).encode() or raw[-1:] != b"}":
+    if raw != (_HEAD % xxhash.xxh3_64_hexdigest(body)).encode() + body + b"}":
         raise DamagedError(f"{path} is damaged: it does not match the hash in it")
+    stated = _FORMAT.match(body)
+    if stated is not None and int(stated[1]) != FORMAT:
+        raise OtherVersionError(
+            f"{path} has checkpoint format {int(stated[1])}, this version of Steppe reads {FORMAT}: use the version "
+            "that wrote it"
+        )
     try:
         return CheckpointIndex.model_validate_json(body)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise DamagedError(f"{path} is no index that this version reads: {where}: {first['msg']}") from None
+        raise DamagedError(f"{path} is no index of a checkpoint: {where or 'it'}: {first['msg']}") from None
 
 
 def read_index(checkpoint: Path) -> CheckpointIndex:
     """Read and check index.json, and that every file it counts is there with its size.
 
-    Raises DamagedError if anything is missing, or not what was written.
+    Raises DamagedError if anything is missing, or not what was written; OtherVersionError.
     """
     return checked_index(checkpoint)[0]
 

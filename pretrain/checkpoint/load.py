@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
 from pretrain.boxes import Piece
-from pretrain.checkpoint.folder import list_checkpoints, none_is_whole, set_aside
-from pretrain.checkpoint.index import INDEX_NAME, CheckpointIndex, DamagedError, checked_index, parse_index, read_index
+from pretrain.checkpoint.folder import list_checkpoints, none_is_whole, restore_replaced, set_aside
+from pretrain.checkpoint.index import INDEX_NAME, CheckpointIndex, DamagedError, checked_index, parse_index
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.engine import Engine
-from pretrain.parallel_dims import from_first, gathered
+from pretrain.parallel_dims import first_of, gathered
 from pretrain.state import TrainState
 
 
@@ -30,24 +31,24 @@ def load_newest(folder: Path, engine: Engine, group: dist.ProcessGroup | None) -
     The first rank chooses and hands the index round, so that all load the same: on a network file system the others
     may see an older folder, and an index need not be read by a thousand. Then each rank verifies what it reads, and
     if any finds damage, all go on to the checkpoint before.
-    Raises ValueError on every rank if there are checkpoints and none can be used, or the model is another.
+    Raises ValueError on every rank if there are checkpoints and none can be used, or the newest is of another model or
+    version; OSError if a damaged one cannot be set aside.
     """
-    first = group is None or dist.get_rank(group) == 0
     passed_over: list[str] = []
     aside: list[Path] = []
-    candidates = _candidates(folder, passed_over, aside) if first else iter(())
-    while (choice := from_first(next(candidates, None), group)) is not None:
-        checkpoint, raw = choice
-        index = parse_index(raw, checkpoint / INDEX_NAME)
+    first_of(lambda: restore_replaced(folder), group)
+    candidates = _candidates(folder, passed_over, aside)
+    while (choice := first_of(lambda: next(candidates, None), group)) is not None:
+        checkpoint, index = choice[0], parse_index(choice[1], choice[0] / INDEX_NAME)
+        trainer, scalars = _progress(index, checkpoint)
         damage = _fill(CheckpointReader(checkpoint, index), engine.pieces(), group)
         if damage is None:
-            if first:
-                for damaged in aside:
-                    set_aside(damaged)
-            return Restored(_resumed(index, checkpoint, engine), checkpoint, passed_over)
+            first_of(lambda: set_aside(*aside), group)
+            engine.restored(scalars)
+            return Restored(TrainState.from_state_dict(trainer), checkpoint, passed_over)
         passed_over.append(damage)
         aside.append(checkpoint)
-    reasons = from_first(passed_over, group)
+    reasons = first_of(lambda: passed_over, group)
     if reasons:
         raise none_is_whole(folder, reasons)
     return Restored(TrainState(), None)
@@ -58,11 +59,13 @@ def load_checkpoint(checkpoint: Path, engine: Engine, group: dist.ProcessGroup |
 
     Raises ValueError on every rank if the model is another, DamagedError if any finds a value missing or damaged.
     """
-    index = read_index(checkpoint)
+    index = _agreed_index(checkpoint, group)
+    trainer, scalars = _progress(index, checkpoint)
     damage = _fill(CheckpointReader(checkpoint, index), engine.pieces(), group)
     if damage is not None:
         raise DamagedError(damage)
-    return _resumed(index, checkpoint, engine)
+    engine.restored(scalars)
+    return TrainState.from_state_dict(trainer)
 
 
 def load_initial_weights(checkpoint: Path, engine: Engine, group: dist.ProcessGroup | None) -> None:
@@ -71,7 +74,7 @@ def load_initial_weights(checkpoint: Path, engine: Engine, group: dist.ProcessGr
     Raises ValueError on every rank if the model is another, DamagedError if any finds a value missing or damaged.
     """
     weights = [Piece(p.name, p.shape, p.box, p.writer, {"fp32": p.views["fp32"]}) for p in engine.pieces()]
-    damage = _fill(CheckpointReader(checkpoint), weights, group)
+    damage = _fill(CheckpointReader(checkpoint, _agreed_index(checkpoint, group)), weights, group)
     if damage is not None:
         raise DamagedError(damage)
     engine.restored(engine.scalars())
@@ -87,6 +90,11 @@ def _candidates(folder: Path, passed_over: list[str], aside: list[Path]) -> Iter
             aside.append(checkpoint)
         else:
             yield checkpoint, raw
+
+
+def _agreed_index(checkpoint: Path, group: dist.ProcessGroup | None) -> CheckpointIndex:
+    """The index that the first rank has read, on every rank."""
+    return parse_index(first_of(lambda: checked_index(checkpoint)[1], group), checkpoint / INDEX_NAME)
 
 
 def _fill(reader: CheckpointReader, pieces: list[Piece], group: dist.ProcessGroup | None) -> str | None:
@@ -109,8 +117,8 @@ def _fill(reader: CheckpointReader, pieces: list[Piece], group: dist.ProcessGrou
     return next((found for _, found in verdicts if found is not None), None)
 
 
-def _resumed(index: CheckpointIndex, checkpoint: Path, engine: Engine) -> TrainState:
+def _progress(index: CheckpointIndex, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trainer's and the engine's state besides tensors. Raises ValueError where there is none to go on from."""
     if index.trainer is None or index.engine is None:
         raise ValueError(f"{checkpoint} holds weights alone: start a run from it with --set init_from={checkpoint}")
-    engine.restored(index.engine)
-    return TrainState.from_state_dict(index.trainer)
+    return index.trainer, index.engine

@@ -9,10 +9,8 @@ The hash of the header and of this last tensor stands in the index, and so vouch
 `preadv` into a buffer of our own: of a mapped file, the bytes that are hashed need not be those that are copied.
 """
 
-import json
 import math
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from pretrain.boxes import Box, Index
 from pretrain.checkpoint.index import DamagedError, StoredFile, check_size
+from pretrain.safetensors_header import Entry, safetensors_header
 
 BLOCK_BYTES = 256 << 10  # 8 bytes of hash each; small, so that a part can be verified without reading much else
 READ_BYTES = 16 << 20  # at a time: long enough for a parallel file system, short enough for any memory
@@ -56,22 +55,15 @@ def write_rank_file(path: Path, entries: Sequence[tuple[str, Index]], values: It
             os.fsync(file.fileno())
             size = file.tell()
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     assert size == len(header) + total + len(hashes), f"{path}: the values are not those of the entries"
     return StoredFile(size_bytes=size, xxh3=_seal(header, hashes))
 
 
 def _header(entries: Sequence[tuple[str, Index]], total: int) -> bytes:
-    tensors, at = {}, 0
-    for key, shape in entries:
-        end = at + _ITEM * math.prod(shape)
-        tensors[key] = {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
-        at = end
     blocks = -(-total // BLOCK_BYTES)
-    tensors[_HASHES] = {"dtype": "U8", "shape": [blocks, 8], "data_offsets": [total, total + 8 * blocks]}
-    text = json.dumps(tensors, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the values are aligned
-    return struct.pack("<Q", len(text)) + text
+    tensors = [Entry(key, "F32", shape, _ITEM * math.prod(shape)) for key, shape in entries]
+    return safetensors_header([*tensors, Entry(_HASHES, "U8", (blocks, 8), 8 * blocks)])
 
 
 def _chunks(values: Iterable[Tensor], hashes: bytearray) -> Iterator[memoryview]:
@@ -101,7 +93,7 @@ def _seal(header: bytes | bytearray, hashes: bytearray) -> str:
     return seal.hexdigest()
 
 
-class _Entry(BaseModel):
+class _Stored(BaseModel):
     """What a header says of a tensor."""
 
     dtype: str
@@ -109,7 +101,7 @@ class _Entry(BaseModel):
     data_offsets: tuple[int, int]
 
 
-_HEADER = TypeAdapter(dict[str, _Entry])
+_HEADER = TypeAdapter(dict[str, _Stored])
 
 
 class RankFile:
@@ -195,7 +187,7 @@ class RankFile:
         return next(key for key, entry in self.entries.items() if entry.data_offsets[1] > begin)
 
     @staticmethod
-    def _parsed(header: bytes | bytearray, path: Path) -> dict[str, _Entry]:
+    def _parsed(header: bytes | bytearray, path: Path) -> dict[str, _Stored]:
         try:
             return _HEADER.validate_json(bytes(header[8:]))
         except ValidationError as error:

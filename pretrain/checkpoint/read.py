@@ -15,7 +15,7 @@ from pretrain.boxes import Box, Piece, slices
 from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.rank_file import RankFile, tensor_key
 
-OPEN_FILES = 64  # at a time: a process may have 1,024, and not for this alone
+OPEN_FILES = 512  # at a time: a process may have 1,024, and not for this alone
 
 
 class Copy(NamedTuple):

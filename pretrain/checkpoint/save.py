@@ -5,6 +5,8 @@ for), writes it to `step_N.tmp/`, and meets the others; the first rank then writ
 removes what need not stay. If any rank fails, all know, and the older checkpoints are untouched.
 """
 
+import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +21,6 @@ from torch import Tensor
 from pretrain.checkpoint.commit import commit, copy_tokenizer
 from pretrain.checkpoint.folder import checkpoint_path, prune_checkpoints, remove_leftovers
 from pretrain.checkpoint.index import (
-    Boxes,
     CheckpointIndex,
     StoredFile,
     boxes_of,
@@ -31,7 +32,7 @@ from pretrain.config import RunConfig
 from pretrain.device import CopyStream
 from pretrain.engine import Engine
 from pretrain.parallel_dims import gathered, gathered_by_first
-from pretrain.run_dir import write_durably
+from pretrain.run_dir import sync_folder, write_durably
 from pretrain.state import TrainState
 
 
@@ -76,11 +77,10 @@ class CheckpointSaver:
         report: Callable[[Saved], None] = lambda saved: None,
     ) -> None:
         self.folder, self.engine, self.config, self.tokenizer, self.group = folder, engine, config, tokenizer, group
-        self.losses, self.report = losses or {}, report
+        self.losses, self.report = {} if losses is None else losses, report
         self.rank = dist.get_rank(group) if group else 0
         self.staging = Staging(engine.device)
         self._under_way: _Save | None = None
-        self._last: Saved | None = None
 
     def start(self, state: TrainState) -> None:
         """Begin to save what there is now, after the save before is over. Nothing may be updated until `staged`."""
@@ -108,21 +108,24 @@ class CheckpointSaver:
             self._finish()
 
     def wait(self) -> None:
-        """Wait for the save under way. Raises CheckpointError on every rank if the last one has failed."""
-        self._finish()
-        if self._last is not None and self._last.failure is not None:
-            raise CheckpointError(self._last.failure)
+        """Wait for the save under way. Raises CheckpointError on every rank if it fails."""
+        saved = self._finish()
+        if saved is not None and saved.failure is not None:
+            raise CheckpointError(saved.failure)
 
     def close(self) -> None:
         """Wait for the save under way, however it ends."""
         self._finish()
 
-    def _finish(self) -> None:
+    def _finish(self) -> Saved | None:
+        """The save that was under way, which is over and reported now."""
         save, self._under_way = self._under_way, None
-        if save is not None:
-            save.over.wait()
-            self._last = save.result()
-            self.report(self._last)
+        if save is None:
+            return None
+        save.over.wait()
+        saved = save.result()
+        self.report(saved)
+        return saved
 
 
 def save_checkpoint(
@@ -171,6 +174,7 @@ class _Save:
     """One save of one rank, from its beginning on."""
 
     def __init__(self, saver: CheckpointSaver, state: TrainState) -> None:
+        self.began, self.seconds, self.stall_seconds, self.size_bytes = time.perf_counter(), 0.0, 0.0, 0
         self.saver, self.step = saver, state.step
         self.path = checkpoint_path(saver.folder, state.step)
         self.scratch = self.path.with_name(self.path.name + ".tmp")
@@ -180,7 +184,6 @@ class _Save:
         self.staged, self.over = threading.Event(), threading.Event()
         self.failure: str | None = None
         self.note: str | None = None
-        self.began, self.seconds, self.stall_seconds, self.size_bytes = time.perf_counter(), 0.0, 0.0, 0
 
     def run(self) -> None:
         """Save; how it went is in `failure`."""
@@ -197,10 +200,15 @@ class _Save:
         return Saved(self.step, self.path, self.failure, self.note, self.stall_seconds, self.seconds, self.size_bytes)
 
     def _save(self) -> None:
-        self._together(self._begin)
-        written = self._together(lambda: (self._boxes(), self._write()))
-        everyone = gathered_by_first(written, self.saver.group)
-        self._together(lambda: self._commit(everyone))
+        try:
+            self._together(self._begin)
+            written = self._together(lambda: (self._boxes(), self._write()))
+            everyone = gathered_by_first(written, self.saver.group)
+            self._together(lambda: self._commit(everyone))
+        except Exception:
+            if self.saver.rank == 0:  # a disk that is full needs the room now, if only for the run's own log
+                shutil.rmtree(self.scratch, ignore_errors=True)
+            raise
 
     def _begin(self) -> None:
         """Take the values, all of them now if training goes on meanwhile, else one by one when they are written."""
@@ -213,11 +221,16 @@ class _Save:
         if self.saver.rank == 0:
             self._prepare()
 
-    def _boxes(self) -> Boxes:
-        return boxes_of(self.saver.rank, ((piece.name, piece.shape, piece.box) for piece in self.pieces))
+    def _boxes(self) -> bytes:
+        """What this rank holds, packed: the first rank unpacks one at a time, since those of a thousand ranks at once
+        would be millions of objects, which Python's garbage collector goes through again and again."""
+        boxes = boxes_of(self.saver.rank, ((piece.name, piece.shape, piece.box) for piece in self.pieces))
+        return json.dumps(boxes).encode()
 
     def _prepare(self) -> None:
-        self.saver.folder.mkdir(parents=True, exist_ok=True)
+        if not self.saver.folder.is_dir():
+            self.saver.folder.mkdir(parents=True)
+            sync_folder(self.saver.folder.parent)
         remove_leftovers(self.saver.folder)
         self.scratch.mkdir()
 
@@ -225,7 +238,7 @@ class _Save:
         entries = [(tensor_key(kind, p.name, p.box), p.box.size) for p in self.pieces for kind in p.views]
         return write_rank_file(self.scratch / rank_file_name(self.saver.rank), entries, self.values)
 
-    def _commit(self, everyone: list[tuple[Boxes, StoredFile]]) -> None:
+    def _commit(self, everyone: list[tuple[bytes, StoredFile]]) -> None:
         """Make it a checkpoint, if this is the first rank; the others only learn whether it became one."""
         if self.saver.rank != 0:
             return
@@ -240,15 +253,21 @@ class _Save:
             config=config,
             block_bytes=BLOCK_BYTES,
             files=[stored for _, stored in everyone],
-            parameters=stored_parameters([boxes for boxes, _ in everyone]),
+            parameters=stored_parameters(json.loads(boxes) for boxes, _ in everyone),
         )
         commit(self.scratch, self.path, index)
         self.size_bytes = index.size_bytes
-        try:
-            write_durably(self.saver.folder / "latest", self.path.name + "\n")
-            prune_checkpoints(self.saver.folder, config.checkpoint, dict(self.saver.losses))
-        except OSError as error:  # it is a checkpoint nevertheless
-            self.note = f"older ones could not be removed: {error}"
+        for tidy in (self._point_to_latest, self._prune):
+            try:
+                tidy()
+            except OSError as error:  # it is a checkpoint nevertheless
+                self.note = f"but then: {error}"
+
+    def _point_to_latest(self) -> None:
+        write_durably(self.saver.folder / "latest", self.path.name + "\n")
+
+    def _prune(self) -> None:
+        prune_checkpoints(self.saver.folder, self.saver.config.checkpoint, dict(self.saver.losses))
 
     def _together(self, act: Callable[[], Any]) -> Any:
         """Run `act` on every rank; if it fails anywhere, raise everywhere."""

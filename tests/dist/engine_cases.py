@@ -121,7 +121,7 @@ ACROSS = [
     ("zero3-bf16", "zero2-bf16"),
     ("zero1-fp32", "zero0-fp32"),
 ]
-RAMPED = ("torch-fp32", "torch-bf16", "zero0-fp32", "zero1-fp32", "zero2-fp32", "zero3-fp32", "zero2-fp32-offload", "zero2-bf16")
+RAMPED = ("torch-fp32", "torch-bf16", *(f"zero{s}-fp32" for s in range(4)), "zero2-fp32-offload", "zero2-bf16")
 CASES = {
     **{f"ramp {name}": lambda name=name: ramp(name) for name in RAMPED},
     **{f"train {name}": lambda name=name: train(name) for name in LAYOUTS},

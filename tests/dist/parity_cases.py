@@ -6,7 +6,6 @@ ends them, and so does one that takes too long: a rank that waits for another wo
 
 import faulthandler
 import functools
-import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -82,7 +81,6 @@ def together(case: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]
         faulthandler.cancel_dump_traceback_later()
     assert all(failures) or not any(failures), f"only some ranks failed: {next(filter(None, failures))}"
     report.unlink()
-    gc.collect()  # an engine holds itself in a circle; the next layout should find its memory free
     return result
 
 

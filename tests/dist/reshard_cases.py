@@ -3,7 +3,6 @@ the checkpoint of another (`reshard_pairs.py`). What RunDir, recorder and launch
 """
 
 import functools
-import gc
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -89,18 +88,10 @@ def host_group() -> dist.ProcessGroup | None:
     return new_cpu_group() if dist.get_world_size() > 1 else None
 
 
-def freeing(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of a case. An engine holds itself in a circle; the next one should find its memory free."""
-    gc.freeze()  # what was there before is not looked at
-    result = case()
-    gc.collect()
-    return result
-
-
 def _cases() -> dict[str, Callable[[], dict[str, Any]]]:
     known = {layout.name: functools.partial(train, layout) for layout in LAYOUTS}
     known |= {load.name: functools.partial(resume, load) for load in (*SAME, *LOADS)}
-    return {name: functools.partial(freeing, known[name]) for name in os.environ["RESHARD_CASES"].splitlines()}
+    return {name: known[name] for name in os.environ["RESHARD_CASES"].splitlines()}
 
 
 CASES = _cases()

@@ -121,7 +121,8 @@ def test_damage_in_held_out_data_ends_all_ranks_after_the_checkpoint(
     damaged = Path(shutil.copytree(corpus.held_out, tmp_path / "damaged"))
     (shard,) = damaged.glob("*.bin")
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
-    settings = corpus.settings(f"evaluation.sources=[{{name: held-out, path: '{damaged}'}}]", "checkpoint.every_steps=6")
+    held_out = f"evaluation.sources=[{{name: held-out, path: '{damaged}'}}]"
+    settings = corpus.settings(held_out, "checkpoint.every_steps=6")
     done = steppe("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *settings, code=2)
     assert f"{shard.name} is damaged in block 0" in one_line(done.stderr)
     newest = newest_checkpoint(tmp_path / "run" / "checkpoints")

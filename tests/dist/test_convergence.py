@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.engine import build_decoder
-from pretrain.hf import config_to_hf, weights_to_hf
+from pretrain.hf import config_to_hf
+from pretrain.hf_weights import weights_to_hf
 from tests.dist.convergence_cases import CYCLE, STEPS, convergence_config
 from tests.dist.harness import run_cases
 from tests.small_run import global_batch

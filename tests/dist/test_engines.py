@@ -15,7 +15,7 @@ from tests.small_run import small_config
 pytestmark = pytest.mark.slow
 FP32 = ["zero0-fp32", "zero1-fp32", "zero2-fp32", "zero3-fp32", "zero2-fp32-recompute", "zero3-fp32-recompute"]
 ORACLE_OF = {
-    **{name: "torch-fp32" for name in FP32},
+    **dict.fromkeys(FP32, "torch-fp32"),
     "zero3-fp32-tied": "torch-fp32-tied",
     "zero1-fp32-z": "torch-fp32-z",
     **{f"zero{stage}-bf16": "torch-bf16" for stage in (1, 2, 3)},

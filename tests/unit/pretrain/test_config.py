@@ -46,6 +46,7 @@ def test_there_are_recipes_for_all_sizes() -> None:
     }
 
 
+VALIDATED = "evaluation={every_steps: 200, sources: [{name: a, path: x}]}"
 BROKEN = {
     "optimizer.lrr=3": "unknown key optimizer.lrr: did you mean lr?",
     "batch.global_batch=3": "did you mean global_batch_size?",
@@ -77,6 +78,20 @@ BROKEN = {
     "data.sources=[]": "sources is empty",
     "data.sources=[{name: a}]": "data.sources.0.path is missing: set it in the recipe",
     "evaluation.every_steps=5": "name a held-out source",
+    "checkpoint.every_steps=-1": "checkpoint.every_steps=-1: input should be greater than or equal to 0",
+    "checkpoint.keep=0": "checkpoint.keep=0: input should be greater than 0",
+    "checkpoint.keep_every_steps=-500": "checkpoint.keep_every_steps=-500: input should be greater than or equal to 0",
+    "checkpoint.keep_every_steps=750": (
+        "keep_every_steps=750 is no multiple of every_steps=500, and so asks for checkpoints that are not made"
+    ),
+    "checkpoint.keep_every_steps=250": "choose a multiple, or 0",
+    "checkpoint={every_steps: 0, keep_every_steps: 500}": "keep_every_steps=500 is no multiple of every_steps=0",
+    "checkpoint.keep_best=true": "checkpoint.every_steps=500 is no multiple of evaluation.every_steps=0: make it one",
+    f"checkpoint={{keep_best: true, every_steps: 0}}\n{VALIDATED}": (
+        "checkpoint.keep_best=true needs a validation at every checkpoint, but checkpoint.every_steps=0 is no multiple "
+        "of evaluation.every_steps=200"
+    ),
+    f"checkpoint.keep_best=true\n{VALIDATED}": "evaluation.every_steps=200: make it one, or set checkpoint.keep_best",
     "evaluation.sources=[{name: a, path: x}, {name: a, path: y}]": "names must be unique",
     "name=../up": "name='../up'",
     "seed=-1": "seed=-1",
@@ -95,6 +110,18 @@ def test_a_broken_override_says_what_is_wrong(override: str) -> None:
         load_config(RECIPE, override.splitlines())
     assert BROKEN[override] in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_checkpoints_are_kept_where_they_are_made() -> None:
+    for settings in (
+        ["checkpoint={every_steps: 500, keep_every_steps: 1500}"],
+        ["checkpoint={every_steps: 0, keep_every_steps: 0}"],
+        ["checkpoint={every_steps: 400, keep_best: true}", VALIDATED],
+        ["checkpoint={every_steps: 200, keep_best: true, keep_every_steps: 600, keep: 1}", VALIDATED],
+    ):
+        kept = load_config(RECIPE, settings).checkpoint
+        assert kept.asynchronous
+    assert (kept.every_steps, kept.keep, kept.keep_every_steps, kept.keep_best) == (200, 1, 600, True)
 
 
 def test_a_missing_or_broken_recipe(tmp_path: Path) -> None:

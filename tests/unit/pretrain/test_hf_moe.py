@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.hf import config_from_hf, config_to_hf, weights_from_hf, weights_to_hf
+from pretrain.hf import config_from_hf, config_to_hf
+from pretrain.hf_weights import weights_from_hf, weights_to_hf
 from tests.hf_parity import MIXTRAL, MOE, build, config, relative_error, theirs
 
 
@@ -97,9 +98,9 @@ def test_tensors_of_experts_that_do_not_fit_the_config() -> None:
     decoder = build(config(**MIXTRAL))
     good = weights_to_hf(decoder.state_dict(), decoder.config)
     down = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
-    with pytest.raises(ValueError, match=r"lacks layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight:"):
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.1\.block_sparse_moe\.experts\.3\.w2\.weight:"):
         weights_from_hf({name: weight for name, weight in good.items() if name != down}, decoder.config)
     with pytest.raises(ValueError, match=r"experts\.3\.w2\.weight has shape \(64, 88\), .* says \(64, 96\)"):
         weights_from_hf({**good, down: good[down][:, 8:]}, decoder.config)
-    with pytest.raises(ValueError, match=r"has layers\.1\.block_sparse_moe\.experts\.4\.w2\.weight"):
+    with pytest.raises(ValueError, match=r"has model\.layers\.1\.block_sparse_moe\.experts\.4\.w2\.weight"):
         weights_from_hf({**good, down.replace("3", "4"): good[down]}, decoder.config)

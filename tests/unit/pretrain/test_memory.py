@@ -82,9 +82,16 @@ def test_muon_keeps_one_moment_of_matrices() -> None:
     assert saved == 4 * (counts["attention"] + counts["ffn"])
 
 
+def test_an_asynchronous_checkpoint_is_staged_on_the_host() -> None:
+    sharded, whole = recipe("7b", "parallel.zero_stage=3"), recipe("7b", "parallel.zero_stage=0", "precision=fp32")
+    assert at("step", sharded, 8).host == at("step", sharded, 8).optimizer
+    assert at("step", whole, 8).host == at("step", whole, 8).optimizer + at("step", whole, 8).weights
+
+
 def test_offload_moves_states_to_the_host() -> None:
-    stay = recipe("7b", "parallel.zero_stage=3")
-    go = recipe("7b", "parallel={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}")
+    blocking = "checkpoint.asynchronous=false"
+    stay = recipe("7b", "parallel.zero_stage=3", blocking)
+    go = recipe("7b", "parallel={zero_stage: 3, offload_optimizer: cpu, offload_parameters: cpu}", blocking)
     before, after = at("step", stay, 8), at("step", go, 8)
     assert before.host == 0 == after.optimizer == after.gradients
     share = before.optimizer // 12
