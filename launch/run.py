@@ -44,8 +44,7 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, s
     """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
     config = with_absolute_paths(load_config(recipe_path(recipe), overrides))
     run = RunDir(run_dir.resolve())
-    if run.path.exists() and not (run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= BEFORE_A_RUN):
-        raise ValueError(f"{run_dir} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
+    check_new(run)
     ranks = nproc if nproc is not None else default_ranks(run)
     check_ranks(config, ranks)
     check_stop_after(stop_after)
@@ -53,10 +52,17 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, s
     config = with_checked_init(config, data["tokenizer"])
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
+        check_new(run)  # once more: another may have been started at the same moment
         write_json(run.data_path, data)
         shutil.copyfile(Path(config.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
         dump_config(config, run.config_path)  # last: with it, the folder is a run
         return attempt(run, ranks, stop_after)
+
+
+def check_new(run: RunDir) -> None:
+    """Raise ValueError if there is anything in the folder already that a run could have made, or a person."""
+    if run.path.exists() and not (run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= BEFORE_A_RUN):
+        raise ValueError(f"{run.path} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
 
 
 def resume(

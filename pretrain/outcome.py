@@ -1,5 +1,6 @@
 """How an attempt at a run ended, as ranks leave it for the launcher. Ranks exit 0; this carries the exit code."""
 
+import errno
 import traceback
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -36,7 +37,9 @@ def exit_code_of(error: BaseException) -> int:
     A wrong path is the user's wherever it is met; a ValueError only if our own code raised it, for one from inside a
     library is a fault of ours.
     """
-    mistake = isinstance(error, MISTAKEN_PATHS) or (isinstance(error, ValueError) and _raised_in(error) in OURS)
+    read_only = isinstance(error, OSError) and error.errno == errno.EROFS
+    ours = isinstance(error, ValueError) and _raised_in(error) in OURS
+    mistake = isinstance(error, MISTAKEN_PATHS) or read_only or ours
     return EXIT_WRONG_INPUT if mistake else EXIT_FAILED
 
 
