@@ -51,9 +51,9 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.
         signals_to_handle="SIGTERM,SIGINT",
     )
+    os.environ[LAUNCHER] = str(os.getpid())
     # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. It is unset
     # again: this process may start another number of ranks, as a rehearsal does.
-    os.environ[LAUNCHER] = str(os.getpid())
     chosen = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     try:
@@ -63,6 +63,7 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
     except SignalException as error:
         raise StoppedError(str(error)) from None
     finally:
+        del os.environ[LAUNCHER]
         if not chosen:
             del os.environ["OMP_NUM_THREADS"]
 

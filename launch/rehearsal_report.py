@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import RunConfig, changes
+from pretrain.config import RunConfig
 from pretrain.layout import Layout
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT
+from pretrain.resume_policy import changes
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from data_pipeline.manifest import TOKENIZER_NAME, Manifest
 from data_pipeline.order import shares
 from data_pipeline.token_source import check_same_tokenizer
 from launch.ranks import RanksError, StoppedError, run_ranks
-from pretrain.config import RunConfig, changes, check_allowed, check_resume, flat
+from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import check_layout
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import apply_overrides, dump_config, load_config, validated
+from pretrain.resume_policy import changes, check_allowed, check_resume, flat
 from pretrain.run_dir import RunDir, event_line, open_events, read_events, read_json, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -237,7 +238,10 @@ def with_checked_init(config: RunConfig, tokenizer: str) -> RunConfig:
     from pretrain.checkpoint.index import read_index
     from pretrain.load_model import checkpoint_of
 
-    checkpoint = checkpoint_of(Path(config.init_from)).resolve()
+    problems: list[Exception] = []
+    checkpoint = checkpoint_of(Path(config.init_from), None, problems).resolve()
+    for problem in problems:
+        print(f"steppe: passed over: {problem}", file=sys.stderr)
     index = read_index(checkpoint)
     theirs, ours = flat(index.model.model_dump(mode="json")), flat(config.model.model_dump(mode="json"))
     for key in sorted((theirs.keys() | ours.keys()) - OF_TRAINING):

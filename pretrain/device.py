@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -64,9 +65,12 @@ def init_process_group(device: torch.device) -> None:
         dist.init_process_group("gloo")
 
 
-def new_cpu_group() -> dist.ProcessGroup:
-    """A group of all ranks for objects on the host (checkpoint plans, verdicts), whatever the device."""
-    return dist.new_group(backend="gloo")
+def new_cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
+    """A group of all ranks for objects on the host (checkpoint plans, verdicts), whatever the device.
+
+    timeout: how long a rank waits for another, by default gloo's half an hour; after that the group is dead for good.
+    """
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 class CopyStream:
@@ -77,7 +81,7 @@ class CopyStream:
         self._marked = torch.cuda.Event() if device.type == "cuda" else None
 
     def host_memory(self, numel: int) -> torch.Tensor:
-        """fp32 memory on the host that copies reach at full speed."""
+        """fp32 memory on the host that copies reach at full speed. Pinned memory is lent in powers of two."""
         return torch.empty(numel, pin_memory=self._stream is not None)
 
     def mark(self) -> None:

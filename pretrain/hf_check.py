@@ -209,13 +209,20 @@ def _whole_bytes(config: ModelConfig) -> int:
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
-    """What the machine has free, or less where a control group lets this job use only so much. `root` is for tests."""
+    """What the machine has free, or less where a control group, or one around it, lets this job use only so much.
+
+    `root` is for tests.
+    """
     lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     own = (root / "proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
-    group = root / "sys/fs/cgroup" / own
-    limit = (group / "memory.max").read_text(encoding="ascii").strip() if (group / "memory.max").is_file() else "max"
-    if limit == "max":
-        return free
-    stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    return min(free, int(limit) - int(stat["anon"]))
+    top = root / "sys/fs/cgroup"
+    group = top / own.lstrip("/")
+    while group.is_relative_to(top):
+        file = group / "memory.max"
+        limit = file.read_text(encoding="ascii").strip() if file.is_file() else "max"
+        if limit != "max":
+            stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+            free = min(free, int(limit) - int(stat["anon"]))
+        group = group.parent
+    return free

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.parameters import keeps_fp32, parameter_shapes
-from pretrain.checkpoint.index import TOKENIZER_NAME
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.hf import config_to_hf
 from pretrain.hf_check import compare_logits
@@ -78,7 +78,8 @@ def export(
         raise ValueError(f"dtype={dtype}: a model is exported in {' or '.join(DTYPES)}")
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes}: give a size of 1 byte or more")
-    with CheckpointReader(checkpoint_of(target, step)) as reader:
+    problems: list[Exception] = []
+    with CheckpointReader(checkpoint_of(target, step, problems)) as reader:
         config, context_length, rounded = reader.index.model, reader.index.sequence_length, DTYPES[dtype]
         hf = config_to_hf(config, context_length, rounded)
         shards = plan_shards(config, rounded, max_shard_bytes)
@@ -109,6 +110,7 @@ def export(
             "path": str(out),
             "model": str(target),
             "step": reader.index.step,
+            "passed_over": [str(problem) for problem in problems],
             "architecture": hf["architectures"][0],
             "dtype": dtype,
             "parameters": sum(math.prod(shape) for shard in shards for shape, _ in shard.tensors.values()),

@@ -11,7 +11,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
 from pretrain.hf import config_from_hf
-from pretrain.hf_weights import known_names, parameter_from_hf, stored_shapes, weights_from_hf
+from pretrain.hf_weights import known_names, parameter_from_hf, stored_shapes
 from pretrain.run_dir import read_json
 
 SINGLE_NAME = "model.safetensors"
@@ -54,6 +54,10 @@ class HuggingFaceFolder:
         """Our parameter, in the stored dtype."""
         return parameter_from_hf(name, lambda stored: self.tensors[self._given[stored]], self.config)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All of them, by our names."""
+        return {name: self.parameter(name) for name in parameter_shapes(self.config)}
+
     def _check(self, stored: str, expected: tuple[int, ...]) -> str:
         shape, dtype = self.tensors.shape_and_dtype(self._given[stored])
         if shape != expected:
@@ -64,15 +68,6 @@ class HuggingFaceFolder:
                 "turn quantized weights back first"
             )
         return dtype
-
-
-def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Config and weights (our names, the stored dtype) of a folder with `config.json` and `*.safetensors`.
-
-    Raises FileNotFoundError if a file is missing, ValueError if it does not fit.
-    """
-    folder = HuggingFaceFolder(path)
-    return folder.config, weights_from_hf(folder.tensors, folder.config)
 
 
 class _StoredTensors(Mapping[str, Tensor]):

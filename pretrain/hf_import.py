@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
 from model.accounting import parameter_counts
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
 from pretrain.checkpoint.commit import write_weights
 from pretrain.hf_folder import HuggingFaceFolder
-from pretrain.hf_tokenizer import TOKENIZER_NAME
 from pretrain.load_model import DEFAULT_CONTEXT
 
 

@@ -5,7 +5,6 @@ pairs. So each pair of pieces that makes a piece becomes a merge, ranked by the 
 space here, where sentencepiece writes U+2581: that character can then be spelled in bytes, as ours does.
 """
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -15,9 +14,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import SPACE, Tokenizer
+from pretrain.run_dir import write_json
 
-TOKENIZER_NAME = "tokenizer.model"
 _SAMPLE = (
     "The steppe,  from the Danube to Manchuria:\r\n\tdef f(x):\n\n        return {x ** 2}  # 1,234.5 %\n"
     f"<s>not a start</s><unk><0x41> {SPACE}{SPACE} naïve e\u0301 Ελλάδα степь 草原 😀👩\u200d🌾 \x00\x7f\u00a0\ufeff"
@@ -59,8 +59,8 @@ def write_fast_tokenizer(sentencepiece_model: Path, out: Path, context_length: i
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
     }
-    _write_json(out / "tokenizer_config.json", config)
-    _write_json(out / "special_tokens_map.json", special)
+    write_json(out / "tokenizer_config.json", config)
+    write_json(out / "special_tokens_map.json", special)
     shutil.copyfile(sentencepiece_model, out / TOKENIZER_NAME)
 
 
@@ -173,7 +173,3 @@ def _by_type(spec: Any) -> dict[int, list[Any]]:
     for piece in spec.pieces:
         of_type[piece.type].append(piece)
     return of_type
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

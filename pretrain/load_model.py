@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
 from model.config import ModelConfig, padded_vocab_size
 from model.decoder import Decoder
@@ -20,11 +21,11 @@ from pretrain.checkpoint.folder import (
     step_of,
     whole_checkpoints,
 )
-from pretrain.checkpoint.index import INDEX_NAME, TOKENIZER_NAME, DamagedError, read_index
+from pretrain.checkpoint.index import INDEX_NAME, DamagedError, read_index
 from pretrain.checkpoint.read import read_weights
 from pretrain.device import detect
-from pretrain.hf_folder import load_hf_folder
-from pretrain.run_dir import RunDir, read_json
+from pretrain.hf_folder import HuggingFaceFolder
+from pretrain.run_dir import RunDir
 
 DEFAULT_CONTEXT = 2048  # for a Hugging Face folder that states none
 LONGEST_CONTEXT = 4096  # what a Hugging Face folder claims may be 131,072: more than memory has room for
@@ -82,9 +83,9 @@ def load_model(
     config, or if the tokenizer is not the model's.
     """
     if RunDir(target).config_path.is_file():
-        found = _from_run(RunDir(target)) if step is None else _from_checkpoint(checkpoint_of(target, step))
+        found = _from_run(RunDir(target)) if step is None else _from_checkpoint(checkpoint_of(target, step, []))
     elif step is not None or (target / INDEX_NAME).is_file():
-        found = _from_checkpoint(checkpoint_of(target, step))
+        found = _from_checkpoint(checkpoint_of(target, step, []))
     elif (target / "config.json").is_file():
         found = _from_hf(target)
     else:
@@ -106,10 +107,10 @@ def load_model(
     )
 
 
-def checkpoint_of(target: Path, step: int | None = None) -> Path:
+def checkpoint_of(target: Path, step: int | None, problems: list[Exception]) -> Path:
     """The checkpoint that a folder is, or for a run's folder its newest whole one, or that of `step`.
 
-    Raises ValueError if there is none.
+    problems: why newer ones were passed over is added to them. Raises ValueError if there is none.
     """
     run = RunDir(target)
     if not run.config_path.is_file():
@@ -119,7 +120,7 @@ def checkpoint_of(target: Path, step: int | None = None) -> Path:
             raise ValueError(f"{target} is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})")
         return target
     if step is None:
-        newest = newest_checkpoint(run.checkpoints)
+        newest = newest_checkpoint(run.checkpoints, problems)
         if newest is None:
             raise ValueError(f"{target} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
         return newest
@@ -132,15 +133,15 @@ def checkpoint_of(target: Path, step: int | None = None) -> Path:
 
 def _from_run(run: RunDir) -> _Found:
     """The newest checkpoint that verifies."""
-    passed_over: list[str] = []
-    for checkpoint in whole_checkpoints(run.checkpoints, passed_over):
+    problems: list[Exception] = []
+    for checkpoint in whole_checkpoints(run.checkpoints, problems):
         try:
-            return replace(_from_checkpoint(checkpoint), passed_over=tuple(passed_over))
+            return replace(_from_checkpoint(checkpoint), passed_over=tuple(map(str, problems)))
         except (DamagedError, OSError) as error:
-            passed_over.append(str(error))
-    if passed_over:
-        raise none_is_whole(run.checkpoints, passed_over)
-    return _from_checkpoint(checkpoint_of(run.path))  # which says that there is none
+            problems.append(error)
+    if problems:
+        raise none_is_whole(run.checkpoints, problems)
+    raise ValueError(f"{run.path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
 
 
 def _from_checkpoint(checkpoint: Path) -> _Found:
@@ -156,15 +157,14 @@ def _from_checkpoint(checkpoint: Path) -> _Found:
     )
 
 
-def _from_hf(folder: Path) -> _Found:
-    config, weights = load_hf_folder(folder)
-    claimed = read_json(folder / "config.json").get("max_position_embeddings") or DEFAULT_CONTEXT
+def _from_hf(path: Path) -> _Found:
+    folder = HuggingFaceFolder(path)
     return _Found(
-        config=config,
-        weights=weights,
-        tokenizer_path=folder / "tokenizer.model",
+        config=folder.config,
+        weights=folder.weights(),
+        tokenizer_path=path / TOKENIZER_NAME,
         tokenizer_fingerprint=None,
-        context_length=min(claimed, LONGEST_CONTEXT),
+        context_length=min(folder.claimed_context or DEFAULT_CONTEXT, LONGEST_CONTEXT),
         step=None,
     )
 

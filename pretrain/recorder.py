@@ -94,7 +94,7 @@ class RunRecorder:
     def saved(self, saved: Saved) -> None:
         times = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds}
         if saved.failure is not None:
-            say = f"{saved.failure}; training goes on, with the checkpoint before"
+            say = f"{saved.failure}; the checkpoints before are as they were"
             self.event("checkpoint_failed", say, step=saved.step, message=saved.failure, **times)
             return
         note = f"; {saved.note}" if saved.note else ""

@@ -55,7 +55,7 @@ class RunDir:
 
     @property
     def ranks_lock_path(self) -> Path:
-        """Locked by that attempt's first rank."""
+        """Locked by that attempt's ranks, together."""
         return self.path / "ranks.lock"
 
     @property

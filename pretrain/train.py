@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from pretrain.state import TrainState
 from pretrain.stop import StopRequest
 from pretrain.validation import mean_loss, past_losses, validate
 
+SAVE_PATIENCE = timedelta(days=7)  # a rank that dies is noticed at once, one whose disk is slow may take its time
+
 
 def train(
     run_dir: RunDir, config: RunConfig, device: torch.device, stop: StopRequest, stop_after: int | None
@@ -38,12 +41,12 @@ def train(
     """
     dims = ParallelDims.of_this_rank(config)
     host_group = new_cpu_group() if dims.layout.world > 1 else None
-    save_group = new_cpu_group() if dims.layout.world > 1 else None  # which a thread of its own talks over
+    save_group = new_cpu_group(SAVE_PATIENCE) if dims.layout.world > 1 else None
     engine = build_engine(config, device, dims)
     state, origin = restore(run_dir, config, engine, host_group)
     if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
-        return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already")
-    losses = past_losses(run_dir) if config.checkpoint.keep_best else {}
+        return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already; {origin}")
+    losses = past_losses(run_dir, state.step) if config.checkpoint.keep_best and dims.rank == 0 else {}
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
         recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.layout.world)
@@ -83,7 +86,8 @@ def train(
                 by_source = validate(engine, config, device, dims, host_group)
                 losses[state.step] = mean_loss(by_source)
                 recorder.validation(state.step, state.tokens, by_source)
-        saver.wait()
+        if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save
+            saver.wait()
         recorder.event("end", step=state.step, status=outcome.status, message=outcome.message)
         return outcome
 

@@ -39,11 +39,16 @@ def mean_loss(losses: dict[str, float]) -> float:
     return statistics.fmean(losses.values())
 
 
-def past_losses(run_dir: RunDir) -> dict[int, float]:
-    """That number of a run's validations so far, by step; of a step validated twice, the later one's."""
+def past_losses(run_dir: RunDir, until_step: int | None = None) -> dict[int, float]:
+    """That number of a run's validations so far, by step; of a step validated twice, the later one's.
+
+    until_step: what came after it was of an attempt that was given up.
+    """
     if not run_dir.events_path.is_file():
         return {}
-    return {event["step"]: mean_loss(event["losses"]) for event in read_events(run_dir.events_path, "evaluation")}
+    events = read_events(run_dir.events_path, "evaluation")
+    known = (event for event in events if until_step is None or event["step"] <= until_step)
+    return {event["step"]: mean_loss(event["losses"]) for event in known}
 
 
 def read_together(

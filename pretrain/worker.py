@@ -4,6 +4,7 @@ import argparse
 import fcntl
 import logging
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
@@ -42,12 +43,14 @@ def run(run_dir: RunDir, rank: int, stop: StopRequest, stop_after: int | None) -
     from pretrain.recipe import load_config
     from pretrain.train import train
 
+    # Each group of ranks takes open files, and so does loading; the usual limit of 1,024 is soft.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     device = detect()
     init_process_group(device)
+    # Held by every rank until its process is gone, and so longer than the launcher's own, should that be killed.
+    lock = open(run_dir.ranks_lock_path, "w", encoding="utf-8")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_SH)
     if rank == 0:
-        # Held until this process is gone, and so longer than the launcher's own, should that be killed.
-        lock = open(run_dir.ranks_lock_path, "w", encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(lock, fcntl.LOCK_EX)
         environment = describe_environment(device, dist.get_world_size())
         write_json(run_dir.environment_path, environment)
         with open_events(run_dir) as events:

@@ -2,12 +2,14 @@
 
 import typer
 
+from launch.bench.checkpoint import checkpoint
 from launch.bench.memory import memory
 from launch.bench.train import train
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("train")(train)
 app.command("memory")(memory)
+app.command("checkpoint")(checkpoint)
 
 
 @app.callback()  # without it, typer would take the only command for the whole

@@ -4,13 +4,11 @@ Each trains from the same initial weights (but a dense model, which has its own)
 step, and reads its loss at every step as a training loop does.
 """
 
-import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from data_pipeline.batch import Batch
 from launch.bench.contenders import CONTENDERS
 from launch.bench.dense_counterpart import dense_counterpart
 from launch.bench.transformers_peer import transformers_step
+from launch.bench.turns import Answers
 from pretrain.config import RunConfig
 from pretrain.device import detect, init_process_group, peak_memory_bytes
 from pretrain.engine import agree, build_engine
@@ -41,28 +40,21 @@ def steppe_dense(config: RunConfig, device: torch.device) -> tuple[Step, dict[st
 
 def main() -> None:
     """Answer {"steps": n} with {"seconds": .., "losses": [..], "peak_memory_bytes": ..} until stdin ends."""
-    # What libraries print must not end up among the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answers = Answers()
     name, config = sys.argv[1], RunConfig.model_validate_json(Path(sys.argv[2]).read_text(encoding="utf-8"))
     device = detect()
     init_process_group(device)
     step, about = BUILDERS[name](config, device)
     done = 0
-    _say(answers, threads=torch.get_num_threads(), torch=torch.__version__, about=about)
-    for line in sys.stdin:
-        steps = json.loads(line)["steps"]
+    answers.say(threads=torch.get_num_threads(), torch=torch.__version__, about=about)
+    for question in answers.questions():
+        steps = question["steps"]
         started = time.perf_counter()
         losses = [step(random_batch(config, number)) for number in range(done, done + steps)]
         seconds = time.perf_counter() - started
         done += steps
-        _say(answers, seconds=seconds, losses=losses, peak_memory_bytes=peak_memory_bytes(device))
+        answers.say(seconds=seconds, losses=losses, peak_memory_bytes=peak_memory_bytes(device))
     torch.distributed.destroy_process_group()
-
-
-def _say(answers: TextIO, **answer: Any) -> None:
-    answers.write(json.dumps(answer) + "\n")
-    answers.flush()
 
 
 BUILDERS: dict[str, Build] = {

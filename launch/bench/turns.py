@@ -11,10 +11,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+
+
+class Asked(Protocol):
+    """Whoever takes turns: a contender, or one of several that share a process."""
+
+    @property
+    def name(self) -> str: ...
+
+    def ask(self, **question: Any) -> dict[str, Any]: ...
 
 
 class Contender:
@@ -69,8 +78,37 @@ class Contender:
         return self.built()
 
 
+@dataclass(frozen=True)
+class Guest:
+    """One of several contenders that share a process, since it is the same state that they work on."""
+
+    name: str
+    host: Contender
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """One turn."""
+        return self.host.ask(name=self.name, **question)
+
+
+class Answers:
+    """A contender's own side of the conversation."""
+
+    def __init__(self) -> None:
+        """What libraries print from now on goes to stderr: it must not end up among the answers."""
+        self._stream = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def say(self, **answer: Any) -> None:
+        self._stream.write(json.dumps(answer) + "\n")
+        self._stream.flush()
+
+    def questions(self) -> Iterator[dict[str, Any]]:
+        """Each as it is asked, until nobody asks any more."""
+        return (json.loads(line) for line in sys.stdin)
+
+
 def take_turns(
-    contenders: Sequence[Contender], rounds: int, question: dict[str, Any], on_turn: Callable[[str, int], None]
+    contenders: Sequence[Asked], rounds: int, question: dict[str, Any], on_turn: Callable[[str, int], None]
 ) -> dict[str, list[dict[str, Any]]]:
     """Ask everyone once a round, the order turned round each time; returns {name: answers by round}."""
     answers: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}

@@ -21,8 +21,8 @@ def list_(path: Target, as_json: AsJson = False) -> None:
     from pretrain.run_dir import RunDir
     from pretrain.validation import past_losses
 
-    checkpoints, losses = _checkpoints(path), past_losses(RunDir(path))
-    rows = [_row(checkpoint, losses) for checkpoint in checkpoints]
+    losses = past_losses(RunDir(path))
+    rows = [_row(checkpoint, losses) for checkpoint in _checkpoints(path, with_damaged=True)]
     if as_json:
         print(json.dumps({"path": str(path), "checkpoints": rows}))
         return
@@ -77,7 +77,10 @@ def show(path: Target, as_json: AsJson = False) -> None:
     from pretrain.checkpoint.verify import describe
     from pretrain.load_model import checkpoint_of
 
-    checkpoint = checkpoint_of(path)
+    problems: list[Exception] = []
+    checkpoint = checkpoint_of(path, None, problems)
+    for problem in problems:
+        print(f"steppe: passed over: {problem}", file=sys.stderr)
     described = {"path": str(checkpoint), **describe(read_index(checkpoint))}
     if as_json:
         print(json.dumps(described))
@@ -95,8 +98,8 @@ def show(path: Target, as_json: AsJson = False) -> None:
     _print(checkpoint, table)
 
 
-def _checkpoints(path: Path) -> list[Path]:
-    """All of a run's, those that were set aside too, oldest first; or the one that a path is.
+def _checkpoints(path: Path, with_damaged: bool = False) -> list[Path]:
+    """A run's, on request with those that were set aside, oldest first; or the one that a path is.
 
     Raises ValueError if there is none.
     """
@@ -106,7 +109,8 @@ def _checkpoints(path: Path) -> list[Path]:
 
     run = RunDir(path)
     if run.config_path.is_file():
-        found = sorted([*list_checkpoints(run.checkpoints), *list_damaged(run.checkpoints)], key=step_of)
+        aside = list_damaged(run.checkpoints) if with_damaged else []
+        found = sorted([*list_checkpoints(run.checkpoints), *aside], key=step_of)
         if not found:
             raise ValueError(f"{path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
         return found
@@ -117,8 +121,8 @@ def _checkpoints(path: Path) -> list[Path]:
 
 def _row(checkpoint: Path, losses: dict[int, float]) -> dict[str, Any]:
     """A line of the list; losses: of the run's validations, by step."""
-    from pretrain.checkpoint.folder import list_damaged
-    from pretrain.checkpoint.index import DamagedError, read_index
+    from pretrain.checkpoint.folder import list_damaged, step_of
+    from pretrain.checkpoint.index import DamagedError, OtherVersionError, read_index
 
     row: dict[str, Any] = dict.fromkeys(("step", "tokens", "ranks", "size_bytes"))
     row |= {"path": str(checkpoint), "state": COMMITTED, "problem": None}
@@ -126,8 +130,9 @@ def _row(checkpoint: Path, losses: dict[int, float]) -> dict[str, Any]:
         index = read_index(checkpoint)
         tokens = None if index.trainer is None else index.trainer["tokens"]
         row |= {"step": index.step, "tokens": tokens, "ranks": len(index.files), "size_bytes": index.size_bytes}
-    except (DamagedError, OSError) as error:
-        row |= {"state": DAMAGED, "problem": str(error)}
+    except (DamagedError, OtherVersionError, OSError) as error:
+        named = checkpoint.name.startswith("step_")
+        row |= {"step": step_of(checkpoint) if named else None, "state": DAMAGED, "problem": str(error)}
     if checkpoint in list_damaged(checkpoint.parent):
         row["state"] = ASIDE
     row["validation_loss"] = losses.get(row["step"])

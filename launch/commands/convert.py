@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,8 @@ def export(
     memory_bytes = None if check_memory is None else _bytes("--check-memory", check_memory)
     with _Stages() as stages:
         result = run(model, out, step, dtype, max_shard_bytes, tokenizer, memory_bytes, stages.reach)
+    for reason in result["passed_over"]:
+        print(f"steppe: passed over: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps(result))
         return

@@ -3,19 +3,20 @@
 import os
 import shutil
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 from torch import Tensor
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from model.config import ModelConfig
 from model.parameters import buffer_shapes, parameter_shapes
 from pretrain.boxes import Box
 from pretrain.checkpoint.folder import replaced_name
 from pretrain.checkpoint.index import (
-    TOKENIZER_NAME,
     CheckpointIndex,
-    boxes_of,
     fingerprint_of,
+    packed_boxes,
     rank_file_name,
     stored_parameters,
     write_index,
@@ -37,13 +38,26 @@ def copy_tokenizer(tokenizer: Path | None, folder: Path) -> str | None:
 
 def commit(scratch: Path, final: Path, index: CheckpointIndex) -> None:
     """Give a folder its index and then its name: from here on it is a checkpoint, whatever happens."""
-    write_index(scratch, index)
-    sync_folder(scratch)
+    check_complete(index)
+    write_index(scratch, index)  # and fsyncs the folder, with all that is in it
     if final.exists():  # a step that a resumed run makes again
         os.replace(final, replaced_name(final))
     os.replace(scratch, final)
     sync_folder(final.parent)
     shutil.rmtree(replaced_name(final), ignore_errors=True)
+
+
+def check_complete(index: CheckpointIndex) -> None:
+    """Assert that each value of the model is in exactly one box: what cannot be loaded must not be a checkpoint.
+
+    That boxes of the right volume do not overlap is left to `pretrain/boxes.py`, whose cuts never do.
+    """
+    shapes = {**parameter_shapes(index.model), **buffer_shapes(index.model)}
+    stored = {name: parameter.shape for name, parameter in index.parameters.items()}
+    assert stored == shapes, f"not of the model: {sorted(stored.items() ^ shapes.items())[:3]}"
+    for name, parameter in index.parameters.items():
+        held = int(parameter.sizes.prod(axis=1).sum())
+        assert held == prod(shapes[name]), f"{name}: {held} values in boxes, of {prod(shapes[name])}"
 
 
 def write_weights(
@@ -73,7 +87,9 @@ def write_weights(
             tokenizer_fingerprint=copy_tokenizer(tokenizer, scratch),
             block_bytes=BLOCK_BYTES,
             files=[stored],
-            parameters=stored_parameters([boxes_of(0, ((name, shape, boxes[name]) for name, shape in shapes.items()))]),
+            parameters=stored_parameters(
+                [packed_boxes(0, ((name, shape, boxes[name]) for name, shape in shapes.items()))]
+            ),
         )
         commit(scratch, checkpoint, index)
     except BaseException:

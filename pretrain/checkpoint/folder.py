@@ -11,7 +11,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.index import DamagedError, OtherVersionError, read_index
@@ -49,44 +49,37 @@ def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return sorted((path for path in folder.iterdir() if pattern.fullmatch(path.name)), key=step_of)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint's index and files are there."""
-    try:
-        read_index(checkpoint)
-    except (DamagedError, OtherVersionError, OSError):
-        return False
-    return True
-
-
-def whole_checkpoints(folder: Path, passed_over: list[str]) -> Iterator[Path]:
-    """Committed checkpoints whose index and files are there, newest first; why others are not goes to `passed_over`."""
+def whole_checkpoints(folder: Path, problems: list[Exception]) -> Iterator[Path]:
+    """Committed checkpoints whose index and files are there, newest first; why others are not goes to `problems`."""
     for checkpoint in reversed(list_checkpoints(folder)):
         try:
             read_index(checkpoint)
         except (DamagedError, OtherVersionError, OSError) as error:
-            passed_over.append(str(error))
+            problems.append(error)
         else:
             yield checkpoint
 
 
-def newest_checkpoint(folder: Path, passed_over: list[str] | None = None) -> Path | None:
-    """The newest of `whole_checkpoints`, or None where there is no checkpoint at all.
-
-    Raises ValueError if there are checkpoints and none is whole.
-    """
-    passed_over = [] if passed_over is None else passed_over
-    newest = next(whole_checkpoints(folder, passed_over), None)
-    if newest is None and passed_over:
-        raise none_is_whole(folder, passed_over)
+def newest_checkpoint(folder: Path, problems: list[Exception] | None = None) -> Path | None:
+    """The newest of `whole_checkpoints`, None where there is no checkpoint at all. Raises what `none_is_whole` says."""
+    problems = [] if problems is None else problems
+    newest = next(whole_checkpoints(folder, problems), None)
+    if newest is None and problems:
+        raise none_is_whole(folder, problems)
     return newest
 
 
-def none_is_whole(folder: Path, passed_over: Sequence[str]) -> ValueError:
-    """The refusal where there are checkpoints and none can be used: what was learnt is not thrown away unasked."""
-    return ValueError(
-        f"none of the checkpoints in {folder} can be used: {'; '.join(passed_over)}. "
+def none_is_whole(folder: Path, problems: Sequence[Exception]) -> Exception:
+    """The refusal where there are checkpoints and none can be used: what was learnt is not thrown away unasked.
+
+    An OSError if one could not be read, which may help to try again; a ValueError if all are damaged.
+    """
+    text = (
+        f"none of the checkpoints in {folder} can be used: {'; '.join(map(str, problems))}. "
         "Restore one, or move the folder away to train from scratch"
     )
+    unreadable = any(isinstance(problem, OSError) for problem in problems)
+    return OSError(text) if unreadable else ValueError(text)
 
 
 def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
@@ -105,30 +98,41 @@ def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[in
     """Remove what need not stay, now that the newest checkpoint is committed.
 
     Only whole ones count as kept, so that one with a file missing never pushes out another; and nothing at all is
-    removed unless the newest is whole. What a resume set aside goes once the run has come as far again. Something that
-    is being removed never looks like a checkpoint.
+    removed unless the newest is whole, nor if one cannot be read, for which OSError is raised. What a resume set aside
+    goes once the run has come as far again. Something that is being removed never looks like a checkpoint.
     """
     checkpoints = list_checkpoints(folder)
     newest = step_of(checkpoints[-1])
     whole: list[int] = []
-    for path in whole_checkpoints(folder, []):
-        whole.insert(0, step_of(path))
+    for path in reversed(checkpoints):
+        if _is_whole(path):
+            whole.insert(0, step_of(path))
+        elif not whole:
+            return
         if len(whole) == config.keep:
             break
-    if not whole or whole[-1] != newest:
-        return
     older = [step_of(path) for path in checkpoints if step_of(path) < whole[0]]  # rotten or not: these may go
-    kept = kept_steps([*older, *whole], config, _of_whole_best(folder, [*older, *whole], losses))
+    known = [*older, *whole]
+    best = _of_whole_best(folder, known, losses) if config.keep_best else {}
+    kept = kept_steps(known, config, best)
     doomed = [path for path in checkpoints if step_of(path) not in kept]
-    doomed += [path for path in list_damaged(folder) if step_of(path) <= newest]
-    for path in doomed:
-        remove(path)
+    _each(remove, [*doomed, *(path for path in list_damaged(folder) if step_of(path) <= newest)])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint's index and files are there. Raises OSError where that cannot be told."""
+    try:
+        read_index(checkpoint)
+    except (DamagedError, OtherVersionError):
+        return False
+    return True
 
 
 def _of_whole_best(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> dict[int, float]:
     """Of these losses the lowest whose checkpoint is whole: `{step: loss}`, or nothing."""
-    for step in sorted(set(steps) & losses.keys(), key=lambda step: losses[step]):
-        if not math.isnan(losses[step]) and is_whole(checkpoint_path(folder, step)):
+    measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
+    for step in sorted(measured, key=lambda step: losses[step]):
+        if _is_whole(checkpoint_path(folder, step)):
             return {step: losses[step]}
     return {}
 
@@ -139,6 +143,18 @@ def remove(checkpoint: Path) -> None:
     os.replace(checkpoint, scratch)
     sync_folder(checkpoint.parent)
     shutil.rmtree(scratch)
+
+
+def _each(act: Callable[[Path], None], paths: Iterable[Path]) -> None:
+    """Do it to every path, then raise the first OSError: one that cannot be removed keeps no other."""
+    errors = []
+    for path in paths:
+        try:
+            act(path)
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def replaced_name(checkpoint: Path) -> Path:
@@ -157,8 +173,7 @@ def restore_replaced(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what saves and removals that were cut short have left."""
     restore_replaced(folder)
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _each(lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(), folder.glob("*.tmp"))
 
 
 def set_aside(*checkpoints: Path) -> None:

@@ -13,20 +13,19 @@ from typing import Any, Literal, Self
 import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic_core import from_json, to_json
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from model.config import ModelConfig
 from pretrain.boxes import Box, Index
 from pretrain.config import RunConfig
 from pretrain.run_dir import write_durably
 
 INDEX_NAME = "index.json"
-TOKENIZER_NAME = "tokenizer.model"
+FORMAT = 2
 _HEAD = '{"xxh3": "%s", "index": '
 _HEAD_BYTES = len(_HEAD % ("0" * 16))
-_FORMAT = re.compile(rb'\{"format": ?(\d+)')
-
-
-FORMAT = 2
+_STATED_FORMAT = re.compile(rb'\{"format": ?(\d+)')
 
 
 class DamagedError(ValueError):
@@ -130,24 +129,24 @@ def rank_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-Boxes = dict[str, tuple[Index, list[int]]]
-"""What one rank holds, by parameter: its shape, and rows of `StoredParameter.boxes`."""
+def packed_boxes(rank: int, held: Iterable[tuple[str, Index, Box]]) -> bytes:
+    """The boxes (name, shape, box) that a rank holds, as `stored_parameters` takes them.
 
-
-def boxes_of(rank: int, held: Iterable[tuple[str, Index, Box]]) -> Boxes:
-    """The boxes (name, shape, box) that a rank holds."""
-    boxes: Boxes = {}
+    Packed, since those of a thousand ranks would be millions of objects at once, which Python's garbage collector goes
+    through again and again.
+    """
+    boxes: dict[str, tuple[Index, list[int]]] = {}
     for name, shape, box in held:
         boxes.setdefault(name, (shape, []))[1].extend((rank, *box.offset, *box.size))
-    return boxes
+    return to_json(boxes)
 
 
-def stored_parameters(of_ranks: Iterable[Boxes]) -> dict[str, StoredParameter]:
+def stored_parameters(of_ranks: Iterable[bytes]) -> dict[str, StoredParameter]:
     """All ranks' boxes together."""
-    everything: Boxes = {}
-    for boxes in of_ranks:
-        for name, (shape, rows) in boxes.items():
-            everything.setdefault(name, (shape, []))[1].extend(rows)
+    everything: dict[str, tuple[Index, list[int]]] = {}
+    for packed in of_ranks:
+        for name, (shape, rows) in from_json(packed).items():
+            everything.setdefault(name, (tuple(shape), []))[1].extend(rows)
     return {name: StoredParameter(shape=shape, boxes=rows) for name, (shape, rows) in everything.items()}
 
 
@@ -164,7 +163,7 @@ def parse_index(raw: bytes, path: Path) -> CheckpointIndex:
     body = raw[_HEAD_BYTES:-1]
     if raw != (_HEAD % xxhash.xxh3_64_hexdigest(body)).encode() + body + b"}":
         raise DamagedError(f"{path} is damaged: it does not match the hash in it")
-    stated = _FORMAT.match(body)
+    stated = _STATED_FORMAT.match(body)
     if stated is not None and int(stated[1]) != FORMAT:
         raise OtherVersionError(
             f"{path} has checkpoint format {int(stated[1])}, this version of Steppe reads {FORMAT}: use the version "

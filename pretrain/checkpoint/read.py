@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.parameters import buffer_shapes
-from pretrain.boxes import Box, Piece, slices
+from pretrain.boxes import Box, Piece, common, slices
 from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.rank_file import RankFile, tensor_key
 
@@ -39,13 +39,15 @@ def plan_copies(index: CheckpointIndex, pieces: Sequence[Piece]) -> dict[int, li
             raise ValueError(f"it holds {has} for {piece.name}, the model's config says {list(piece.shape)}")
         low = np.maximum(stored.offsets, piece.box.offset)
         high = np.minimum(stored.offsets + stored.sizes, np.add(piece.box.offset, piece.box.size))
-        rows = np.flatnonzero((low < high).all(axis=1))
-        covered = int((high - low)[rows].prod(axis=1).sum())
+        covered = 0
+        for row in np.flatnonzero((low < high).all(axis=1)).tolist():
+            box = stored.box(row)
+            part = common(box, piece.box)
+            assert part is not None
+            covered += part.numel
+            copies[int(stored.ranks[row])].append(Copy(box, part, piece))
         if covered != piece.box.numel:
             raise DamagedError(f"it covers {covered} of {piece.box.numel} values of {piece.name}: it is damaged")
-        for row in rows.tolist():
-            part = Box(tuple(low[row].tolist()), tuple((high - low)[row].tolist()))
-            copies[int(stored.ranks[row])].append(Copy(stored.box(row), part, piece))
     return copies
 
 

@@ -5,7 +5,6 @@ for), writes it to `step_N.tmp/`, and meets the others; the first rank then writ
 removes what need not stay. If any rank fails, all know, and the older checkpoints are untouched.
 """
 
-import json
 import shutil
 import threading
 import time
@@ -23,7 +22,7 @@ from pretrain.checkpoint.folder import checkpoint_path, prune_checkpoints, remov
 from pretrain.checkpoint.index import (
     CheckpointIndex,
     StoredFile,
-    boxes_of,
+    packed_boxes,
     rank_file_name,
     stored_parameters,
 )
@@ -59,9 +58,9 @@ class Saved:
 
 
 class CheckpointSaver:
-    """Saves checkpoints of a run, one at a time. Every method is collective, but `staged`.
+    """Saves checkpoints of a run, one at a time. `start`, `wait` and `close` are called by all ranks alike.
 
-    group: for this alone, since it is used beside training; None on a single rank.
+    group: for this alone, since it is used beside training, and more patient than any disk is slow; None on one rank.
     losses: validation losses by step, for `keep_best`; on the first rank, whose own additions are seen.
     report: told of every save that is over, by the thread that trains.
     """
@@ -86,12 +85,13 @@ class CheckpointSaver:
         """Begin to save what there is now, after the save before is over. Nothing may be updated until `staged`."""
         began = time.perf_counter()
         self._finish()
-        self._under_way = save = _Save(self, state)
+        save = _Save(self, state)
         if self.config.checkpoint.asynchronous:
             self.staging.mark()
             threading.Thread(target=save.run, name="checkpoint", daemon=True).start()
         else:
             save.run()
+        self._under_way = save
         save.stall_seconds = time.perf_counter() - began
 
     def staged(self) -> None:
@@ -103,9 +103,13 @@ class CheckpointSaver:
             save.stall_seconds += time.perf_counter() - began
 
     def poll(self) -> None:
-        """Report a save that is over by now."""
-        if self._under_way is not None and self._under_way.over.is_set():
+        """Report a save that is over by now. Raises CheckpointError if the ranks have lost touch in it: none could
+        ever follow."""
+        save = self._under_way
+        if save is not None and save.over.is_set():
             self._finish()
+            if save.out_of_touch:
+                raise CheckpointError(save.failure)
 
     def wait(self) -> None:
         """Wait for the save under way. Raises CheckpointError on every rank if it fails."""
@@ -147,27 +151,33 @@ def save_checkpoint(
 
 
 class Staging:
-    """Host memory for a rank's part of a checkpoint, kept from one save to the next."""
+    """Host memory for a rank's part of a checkpoint, kept from one save to the next, in pieces of a power of two."""
+
+    PIECE = 64 << 20  # fp32 values: 256 MiB
 
     def __init__(self, device: torch.device) -> None:
         self._stream = CopyStream(device)
-        self._buffer = torch.empty(0)
+        self._pieces: list[Tensor] = []
 
     def mark(self) -> None:
         """What has been asked of the device so far is what `copied` will find done."""
         self._stream.mark()
 
-    def copied(self, views: list[Tensor]) -> Tensor:
-        """The views' values one after the other, in a buffer that the next call writes over."""
+    def copied(self, views: list[Tensor]) -> list[Tensor]:
+        """The views' values one after the other, in memory that the next call writes over."""
         total = sum(view.numel() for view in views)
-        if self._buffer.numel() != total:
-            self._buffer = self._stream.host_memory(total)
+        while len(self._pieces) * self.PIECE < total:
+            self._pieces.append(self._stream.host_memory(min(self.PIECE, total - len(self._pieces) * self.PIECE)))
         at = 0
         with self._stream.copying():
             for view in views:
-                self._buffer[at : at + view.numel()].view(view.shape).copy_(view, non_blocking=True)
-                at += view.numel()
-        return self._buffer
+                values = view.reshape(-1)
+                while len(values):
+                    piece, offset = divmod(at, self.PIECE)
+                    room = self._pieces[piece][offset : offset + len(values)]
+                    room.copy_(values[: len(room)], non_blocking=True)
+                    at, values = at + len(room), values[len(room) :]
+        return self._pieces
 
 
 class _Save:
@@ -183,14 +193,16 @@ class _Save:
         self.pieces = [piece for piece in saver.engine.pieces() if piece.writer]
         self.staged, self.over = threading.Event(), threading.Event()
         self.failure: str | None = None
+        self.out_of_touch = False  # the failure is of the ranks' talk, and not one that they have agreed on
         self.note: str | None = None
 
     def run(self) -> None:
         """Save; how it went is in `failure`."""
         try:
             self._save()
-        except Exception as error:  # whatever it was: training may go on, and the next save may do better
+        except Exception as error:  # training may go on, and the next save may do better
             self.failure = str(error) or type(error).__name__
+            self.out_of_touch = not isinstance(error, CheckpointError)
         finally:
             self.seconds = time.perf_counter() - self.began
             self.staged.set()
@@ -209,12 +221,14 @@ class _Save:
             if self.saver.rank == 0:  # a disk that is full needs the room now, if only for the run's own log
                 shutil.rmtree(self.scratch, ignore_errors=True)
             raise
+        if self.saver.rank == 0:
+            self._tidy()
 
     def _begin(self) -> None:
         """Take the values, all of them now if training goes on meanwhile, else one by one when they are written."""
         views = [view for piece in self.pieces for view in piece.views.values()]
         if self.saver.config.checkpoint.asynchronous:
-            self.values: Iterable[Tensor] = [self.saver.staging.copied(views)]
+            self.values: Iterable[Tensor] = self.saver.staging.copied(views)
             self.staged.set()
         else:
             self.values = (view.cpu() for view in views)
@@ -222,16 +236,16 @@ class _Save:
             self._prepare()
 
     def _boxes(self) -> bytes:
-        """What this rank holds, packed: the first rank unpacks one at a time, since those of a thousand ranks at once
-        would be millions of objects, which Python's garbage collector goes through again and again."""
-        boxes = boxes_of(self.saver.rank, ((piece.name, piece.shape, piece.box) for piece in self.pieces))
-        return json.dumps(boxes).encode()
+        return packed_boxes(self.saver.rank, ((piece.name, piece.shape, piece.box) for piece in self.pieces))
 
     def _prepare(self) -> None:
         if not self.saver.folder.is_dir():
             self.saver.folder.mkdir(parents=True)
             sync_folder(self.saver.folder.parent)
-        remove_leftovers(self.saver.folder)
+        try:
+            remove_leftovers(self.saver.folder)
+        except OSError as error:
+            self.note = f"but before: {error}"
         self.scratch.mkdir()
 
     def _write(self) -> StoredFile:
@@ -253,21 +267,22 @@ class _Save:
             config=config,
             block_bytes=BLOCK_BYTES,
             files=[stored for _, stored in everyone],
-            parameters=stored_parameters(json.loads(boxes) for boxes, _ in everyone),
+            parameters=stored_parameters(boxes for boxes, _ in everyone),
         )
         commit(self.scratch, self.path, index)
         self.size_bytes = index.size_bytes
-        for tidy in (self._point_to_latest, self._prune):
+
+    def _tidy(self) -> None:
+        """What may fail, and it is a checkpoint nevertheless; the other ranks do not wait for it."""
+        folder, config, losses = self.saver.folder, self.saver.config.checkpoint, dict(self.saver.losses)
+        for act in (
+            lambda: write_durably(folder / "latest", self.path.name + "\n"),
+            lambda: prune_checkpoints(folder, config, losses),
+        ):
             try:
-                tidy()
-            except OSError as error:  # it is a checkpoint nevertheless
+                act()
+            except Exception as error:
                 self.note = f"but then: {error}"
-
-    def _point_to_latest(self) -> None:
-        write_durably(self.saver.folder / "latest", self.path.name + "\n")
-
-    def _prune(self) -> None:
-        prune_checkpoints(self.saver.folder, self.saver.config.checkpoint, dict(self.saver.losses))
 
     def _together(self, act: Callable[[], Any]) -> Any:
         """Run `act` on every rank; if it fails anywhere, raise everywhere."""

@@ -5,7 +5,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
+from pretrain.checkpoint.index import CheckpointIndex, DamagedError, OtherVersionError, rank_file_name, read_index
 from pretrain.checkpoint.rank_file import READ_BYTES, RankFile
 
 
@@ -13,7 +13,7 @@ def verify_checkpoint(checkpoint: Path, advance: Callable[[int], None] = lambda 
     """What is damaged: nothing, or the first fault of each file. `advance` is told of bytes that have been read."""
     try:
         index = read_index(checkpoint)
-    except (DamagedError, OSError) as error:
+    except (DamagedError, OtherVersionError, OSError) as error:
         return [str(error)]
     damages = []
     for rank, stored in enumerate(index.files):

@@ -5,7 +5,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from pretrain.checkpoint.index import INDEX_NAME, TOKENIZER_NAME, rank_file_name
+from data_pipeline.manifest import TOKENIZER_NAME
+from pretrain.checkpoint.index import INDEX_NAME, rank_file_name
 
 
 def flip_bit(path: Path, byte: int, bit: int = 0) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.manifest import TOKENIZER_NAME
 from pretrain.checkpoint.folder import checkpoint_path
-from pretrain.checkpoint.index import INDEX_NAME, TOKENIZER_NAME, DamagedError, rank_file_name, read_index
+from pretrain.checkpoint.index import INDEX_NAME, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.save import save_checkpoint
 from tests.conftest import Steppe

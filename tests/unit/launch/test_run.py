@@ -108,9 +108,7 @@ def test_weights_to_start_from_are_of_this_model_and_tokenizer(tmp_path: Path) -
     # A run's newest checkpoint of today; a training matter may differ.
     assert with_checked_init(begun(source.path), tokenizer).init_from == str(newest)
     assert with_checked_init(begun(newest, document_mask=True), tokenizer).init_from == str(newest)
-    with pytest.raises(
-        ValueError, match="rope_theta=10000.0, this run's model has 500000.0: set model"
-    ):
+    with pytest.raises(ValueError, match="rope_theta=10000.0, this run's model has 500000.0: set model"):
         with_checked_init(begun(newest, rope_theta=500000.0), tokenizer)
     with pytest.raises(ValueError, match="was trained with another tokenizer"):
         with_checked_init(begun(newest), "0" * 16)

@@ -20,10 +20,11 @@ from launch.shrink import (
     rehearsal_layout,
 )
 from model.config import ModelConfig, has_experts, padded_vocab_size
-from pretrain.config import RunConfig, changes
+from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import Layout, batch_sizes, check_layout, micro_batches
 from pretrain.recipe import load_config, merged, validated
+from pretrain.resume_policy import changes
 from pretrain.schedule import batch_plan, finished
 from pretrain.sequence_parallel import key_value_copies
 

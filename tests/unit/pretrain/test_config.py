@@ -5,19 +5,10 @@ from typing import get_args
 
 import pytest
 
-from pretrain.config import (
-    RESUME_POLICY,
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    changes,
-    check_allowed,
-    check_resume,
-    flat,
-    resume_policy,
-)
+from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig
 from pretrain.optimizers import OPTIMIZERS
 from pretrain.recipe import apply_overrides, dump_config, load_config
+from pretrain.resume_policy import RESUME_POLICY, changes, check_allowed, check_resume, flat, resume_policy
 from pretrain.schedule import SHAPES
 from tests.small_run import RECIPE, small_config
 

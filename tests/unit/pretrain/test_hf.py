@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.kv_cache import KVCache
 from pretrain.hf import config_from_hf, config_to_hf
-from pretrain.hf_folder import load_hf_folder
+from pretrain.hf_folder import HuggingFaceFolder
 from pretrain.hf_weights import weights_from_hf, weights_to_hf
 from tests.hf_parity import MIXTRAL, MOE, build, config, relative_error, theirs
 from tests.smollm2 import smollm2, smollm2_tokenizer
@@ -51,6 +52,11 @@ VARIANTS = {
         "moe": {**MOE, "first_layer": 2, "balance": "none", "balance_coefficient": 0},
     },
 }
+
+
+def load_hf_folder(path: Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
+    folder = HuggingFaceFolder(path)
+    return folder.config, folder.weights()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

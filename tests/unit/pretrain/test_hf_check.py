@@ -118,4 +118,7 @@ def test_free_memory_is_the_machines_or_the_jobs(tmp_path: Path) -> None:
     write("sys/fs/cgroup/system.slice/job_7/memory.max", "300000\n")
     write("sys/fs/cgroup/system.slice/job_7/memory.stat", "anon 100000\nfile 190000\n")
     assert available_memory_bytes(tmp_path) == 200_000
+    write("sys/fs/cgroup/system.slice/memory.max", "250000\n")  # as Slurm limits a job and not its steps
+    write("sys/fs/cgroup/system.slice/memory.stat", "anon 150000\n")
+    assert available_memory_bytes(tmp_path) == 100_000
     assert available_memory_bytes() > 0

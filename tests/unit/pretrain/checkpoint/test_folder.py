@@ -1,5 +1,6 @@
 """Which checkpoints a folder has, which of them stay, and what is not there by mistake."""
 
+import errno
 import math
 import shutil
 from pathlib import Path
@@ -23,7 +24,7 @@ from pretrain.checkpoint.folder import (
     step_of,
     whole_checkpoints,
 )
-from pretrain.checkpoint.index import CheckpointIndex, write_index
+from pretrain.checkpoint.index import CheckpointIndex, DamagedError, write_index
 from pretrain.config import CheckpointConfig
 from pretrain.engine_torch import TorchEngine
 from tests.small_run import small_config
@@ -111,13 +112,12 @@ def test_pruning_keeps_what_it_must_and_no_more(
         return
     assert aside == {step for step in damaged if step > newest}
     last = sound[-config.keep :]
-    candidates = sorted(step for step in is_whole if is_whole[step] or step < last[0])
-    measured = {step: losses[step] for step in candidates if not math.isnan(losses.get(step, math.nan))}
+    measured = {step: losses[step] for step in sound if not math.isnan(losses.get(step, math.nan))}
     best = {min(measured, key=lambda step: (measured[step], step))} if config.keep_best and measured else set()
-    for_good = {step for step in sound if config.keep_every_steps and step % config.keep_every_steps == 0}
-    assert left & set(sound) == {*last, *for_good, *(best & set(sound))}
-    if len(sound) >= config.keep:  # what is torn takes no place, and only stays by a rule that has no number
-        assert left <= {*sound, *kept_steps(candidates, config, losses)}
+    for_good = {step for step in is_whole if config.keep_every_steps and step % config.keep_every_steps == 0}
+    assert left & set(sound) == {*last, *best, *(for_good & set(sound))}
+    if len(sound) >= config.keep:  # what is torn takes no place, and only stays by the rule that has no number
+        assert left <= {*sound, *for_good}
 
 
 def test_torn_ones_do_not_count(whole: Path, tmp_path: Path) -> None:
@@ -204,10 +204,10 @@ def test_the_newest_that_is_whole_is_found(engine: TorchEngine, tmp_path: Path) 
     shutil.copytree(paths[3], tmp_path / "step_00000005.tmp")
     (paths[3] / "index.json").write_text('{"format": 1, "st')
     (paths[2] / RANK_FILE).unlink()
-    passed_over: list[str] = []
-    assert newest_checkpoint(tmp_path, passed_over) == newest_checkpoint(tmp_path) == paths[1]
-    assert "index.json is damaged" in passed_over[0]
-    assert f"{RANK_FILE} is missing" in passed_over[1]
+    problems: list[Exception] = []
+    assert newest_checkpoint(tmp_path, problems) == newest_checkpoint(tmp_path) == paths[1]
+    assert "index.json is damaged" in str(problems[0])
+    assert f"{RANK_FILE} is missing" in str(problems[1])
     assert list(whole_checkpoints(tmp_path, [])) == [paths[1], paths[0]]
 
 
@@ -224,3 +224,52 @@ def test_no_usable_checkpoint_is_an_error(whole: Path, tmp_path: Path) -> None:
     assert str(none_is_whole(tmp_path, ["this", "that"])).startswith(
         f"none of the checkpoints in {tmp_path} can be used: this; that. Restore one, or"
     )
+
+
+def test_what_cannot_be_read_is_no_reason_to_remove(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An index on a disk that fails for a moment: nothing goes, and the next pruning does its work."""
+    put(tmp_path, whole, 1, 2, 3, 4)
+    index, read_bytes = checkpoint_path(tmp_path, 3) / "index.json", Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path == index:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return read_bytes(path)
+
+    config = CheckpointConfig(keep=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", failing)
+        with pytest.raises(OSError, match="Stale file handle"):
+            prune_checkpoints(tmp_path, config, {})
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+    prune_checkpoints(tmp_path, config, {})
+    assert steps_in(tmp_path) == [3, 4]
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, whole, 1, 2, 3)
+    rmtree = shutil.rmtree
+
+    def failing(path: Path) -> None:
+        if "step_00000001" in path.name:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path)
+
+    monkeypatch.setattr(shutil, "rmtree", failing)
+    with pytest.raises(OSError, match="Directory not empty"):
+        prune_checkpoints(tmp_path, CheckpointConfig(keep=1), {})
+    assert steps_in(tmp_path) == [3]
+    (tmp_path / "step_00000009.tmp").mkdir()
+    with pytest.raises(OSError, match="Directory not empty"):
+        remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.tmp")] == ["step_00000001.tmp"]
+
+
+def test_an_unreadable_one_among_them_is_worth_another_try() -> None:
+    damaged, unreadable = DamagedError("its hash"), OSError(errno.EIO, "Input/output error")
+    assert isinstance(none_is_whole(Path("c"), [damaged]), ValueError)
+    assert isinstance(none_is_whole(Path("c"), [damaged, unreadable]), OSError)

@@ -14,9 +14,9 @@ from pretrain.checkpoint.index import (
     CheckpointIndex,
     DamagedError,
     OtherVersionError,
-    boxes_of,
     checked_index,
     fingerprint_of,
+    packed_boxes,
     parse_index,
     read_index,
     stored_parameters,
@@ -63,9 +63,9 @@ def test_what_is_written_is_what_is_read(engine: TorchEngine, checkpoint: Path, 
 
 
 def test_boxes_are_gathered_by_parameter() -> None:
-    first = boxes_of(0, [("a", (4, 6), Box((0, 0), (4, 2))), ("b", (3,), Box((0,), (3,)))])
-    second = boxes_of(1, [("a", (4, 6), Box((0, 2), (1, 4))), ("a", (4, 6), Box((1, 2), (3, 4)))])
-    a, b = stored_parameters([first, {}, second]).values()
+    first = packed_boxes(0, [("a", (4, 6), Box((0, 0), (4, 2))), ("b", (3,), Box((0,), (3,)))])
+    second = packed_boxes(1, [("a", (4, 6), Box((0, 2), (1, 4))), ("a", (4, 6), Box((1, 2), (3, 4)))])
+    a, b = stored_parameters([first, packed_boxes(2, []), second]).values()
     assert (a.shape, b.shape) == ((4, 6), (3,))
     assert a.boxes == [0, 0, 0, 4, 2, 1, 0, 2, 1, 4, 1, 1, 2, 3, 4]
     assert np.array_equal(a.ranks, [0, 1, 1])

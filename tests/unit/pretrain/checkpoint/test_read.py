@@ -17,7 +17,8 @@ from pretrain.checkpoint.index import (
     CheckpointIndex,
     DamagedError,
     StoredFile,
-    boxes_of,
+    StoredParameter,
+    packed_boxes,
     rank_file_name,
     stored_parameters,
     write_index,
@@ -54,7 +55,7 @@ def index_of(shapes: dict[str, Index], layout: Layout, ranks: int) -> Checkpoint
         sequence_length=1,
         block_bytes=SMALL_BLOCK,
         files=[StoredFile(size_bytes=0, xxh3="0" * 16)] * ranks,
-        parameters=stored_parameters([boxes_of(rank, of_rank) for rank, of_rank in enumerate(held)]),
+        parameters=stored_parameters([packed_boxes(rank, of_rank) for rank, of_rank in enumerate(held)]),
     )
 
 
@@ -200,7 +201,7 @@ def test_what_is_not_covered_once_is_damage(boxes: list[Box], covered: int, tmp_
     layout = [(0, "0", whole((3,))), *((0, "1", box) for box in boxes)]
     index = index_of(shapes, layout, 1)
     if not boxes:
-        index.parameters.update(stored_parameters([{"1": ((4, 6), [])}]))
+        index.parameters["1"] = StoredParameter(shape=(4, 6), boxes=[])
     write_index(tmp_path, index)
     with pytest.raises(DamagedError, match=f"covers {covered} of 24 values of 1: it is damaged"):
         plan_copies(index, pieces_of(shapes, [(0, "1", whole((4, 6)))]))

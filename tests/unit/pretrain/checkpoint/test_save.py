@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.boxes import Box, Piece
 from pretrain.checkpoint.folder import checkpoint_path, list_checkpoints, newest_checkpoint
 from pretrain.checkpoint.index import fingerprint_of, read_index
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.read import read_weights
 from pretrain.checkpoint.save import CheckpointError, CheckpointSaver, Saved, Staging, save_checkpoint
+from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
 from pretrain.state import TrainState
 from tests.small_run import small_config
@@ -42,11 +44,11 @@ class HeldStaging(Staging):
         self.released = threading.Event()
         self.buffers: list[int] = []
 
-    def copied(self, views: list[Tensor]) -> Tensor:
+    def copied(self, views: list[Tensor]) -> list[Tensor]:
         assert self.released.wait(60)
         time.sleep(DELAY_SECONDS)
         buffer = super().copied(views)
-        self.buffers.append(buffer.data_ptr())
+        self.buffers.append(buffer[0].data_ptr())
         return buffer
 
 
@@ -337,3 +339,75 @@ def test_the_blocking_form(engine: TorchEngine, folder: Path) -> None:
     folder.write_text("")
     with pytest.raises(CheckpointError, match="rank 0 could not write the checkpoint of step 3"):
         save_checkpoint(folder, engine, TrainState(step=3), engine.config, None, None)
+
+
+def test_staging_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Staging, "PIECE", 100)
+    views = [torch.randn(size) for size in ((7, 9), (1,), (250,), (3, 4, 5), (99,))]
+    staging = Staging(CPU)
+    for _ in range(2):
+        pieces = staging.copied(views)
+        assert torch.equal(torch.cat(pieces), torch.cat([view.flatten() for view in views]))
+        assert [len(piece) for piece in pieces] == [100, 100, 100, 100, 73]
+
+
+class Forgetful(TorchEngine):
+    """Does not show all that it holds."""
+
+    def pieces(self) -> list[Piece]:
+        return [piece for piece in super().pieces() if piece.name != "norm.weight"]
+
+
+class Greedy(TorchEngine):
+    """Shows a part as if it were the whole."""
+
+    def pieces(self) -> list[Piece]:
+        first, *rest = super().pieces()
+        box = Box(first.box.offset, (first.box.size[0] - 1, *first.box.size[1:]))
+        return [Piece(first.name, first.shape, box, True, {k: v[:-1] for k, v in first.views.items()}), *rest]
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Forgetful, "not of the model"), (Greedy, "values in boxes, of")])
+def test_what_could_not_be_loaded_is_never_committed(
+    kind: type[TorchEngine], words: str, engine: TorchEngine, folder: Path
+) -> None:
+    """A fault of ours fails the save, not the resume."""
+    older = save(folder, engine, 1)
+    faulty = kind(build_decoder(engine.config, CPU, torch.float32), engine.config, CPU)
+    with pytest.raises(CheckpointError, match=words):
+        save(folder, faulty, 2)
+    assert list_checkpoints(folder) == [older]
+
+
+def test_a_thread_that_does_not_start_leaves_nothing_to_wait_for(
+    run: Run, engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", failing)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            run.saver.start(TrainState(step=1))
+    run.saver.close()
+
+
+def test_ranks_that_lost_touch_end_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unlike a failure that they have agreed on: the group that they talk over is dead for good."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("pretrain.checkpoint.save.gathered_by_first", broken)
+    run.staging.released.set()
+    run.saver.start(TrainState(step=1))
+    with pytest.raises(CheckpointError, match="Connection closed by peer"):
+        until(run.saver.poll)
+
+
+def until(act: Callable[[], None]) -> None:
+    """Do it again and again; it is to raise."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        act()
+        time.sleep(0.01)
