@@ -15,7 +15,8 @@ from rich.console import Console
 
 from data_pipeline.config import SourceConfig
 from launch.rehearsal_report import Report, Stage, in_words
-from launch.run import check_data, resume, start
+from launch.run import resume, start
+from launch.run_checks import check_data
 from launch.shrink import (
     STOP_AFTER,
     VOCABULARY,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from model.config import ModelConfig
 from pretrain.hf_moe import moe_from_hf, moe_to_hf
@@ -81,15 +82,20 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     if missing:
         raise ValueError(f"the Hugging Face config of a {model_type} model lacks {', '.join(missing)}")
     theta, scaling = _rope_from_hf(theirs)
-    return ModelConfig.model_validate(
-        {
-            **{ours: theirs[key] for ours, key in _FIELDS.items()},
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "qk_norm": model_type in ("qwen3", "qwen3_moe"),
-            "moe": moe_from_hf(hf) if model_type in ("mixtral", "qwen3_moe") else None,
-        }
-    )
+    fields = {
+        **{ours: theirs[key] for ours, key in _FIELDS.items()},
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "qk_norm": model_type in ("qwen3", "qwen3_moe"),
+        "moe": moe_from_hf(hf) if model_type in ("mixtral", "qwen3_moe") else None,
+    }
+    try:
+        return ModelConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        ours = ".".join(map(str, first["loc"]))
+        stated = f"{_FIELDS.get(ours, ours)}={first['input']!r}: " if ours else ""
+        raise ValueError(f"the Hugging Face config is no model's: {stated}{first['msg']}") from None
 
 
 def config_to_hf(

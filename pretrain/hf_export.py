@@ -20,6 +20,7 @@ from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
 from model.config import ModelConfig
 from model.parameters import keeps_fp32, parameter_shapes
+from pretrain.checkpoint.index import DamagedError
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.hf import config_to_hf
 from pretrain.hf_check import compare_logits
@@ -77,7 +78,7 @@ def export(
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype}: a model is exported in {' or '.join(DTYPES)}")
     if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes {max_shard_bytes}: give a size of 1 byte or more")
+        raise ValueError(f"--max-shard-size {max_shard_bytes}: give a size of 1 byte or more")
     problems: list[Exception] = []
     with CheckpointReader(checkpoint_of(target, step, problems)) as reader:
         config, context_length, rounded = reader.index.model, reader.index.sequence_length, DTYPES[dtype]
@@ -103,6 +104,9 @@ def export(
                 lambda done, total: progress("comparing", done, total),
             )
             _publish(scratch, out)
+        except DamagedError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise DamagedError(f"{error}; export an older checkpoint of the run, with --step") from None
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
@@ -150,14 +154,17 @@ def write_shards(
     pending = _stored_tensors(config, dtype, read)
     done, total = 0, sum(shard.nbytes for shard in shards)
     for shard in shards:
-        with open(folder / shard.file, "wb") as file:
-            file.write(safetensors_header(shard.entries, {"format": "pt"}))
-            for expected, planned in shard.tensors.items():
-                _write_tensor(file, expected, planned, *next(pending))
-                done += _nbytes(*planned)
-                progress("writing", done, total)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(folder / shard.file, "wb") as file:
+                file.write(safetensors_header(shard.entries, {"format": "pt"}))
+                for expected, planned in shard.tensors.items():
+                    _write_tensor(file, expected, planned, *next(pending))
+                    done += _nbytes(*planned)
+                    progress("writing", done, total)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:  # such as that of a full disk, which names no file
+            raise OSError(error.errno, error.strerror, error.filename or str(folder / shard.file)) from error
     if len(shards) > 1:
         weight_map = {name: shard.file for shard in shards for name in shard.tensors}
         write_json(folder / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})

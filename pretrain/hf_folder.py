@@ -32,11 +32,15 @@ class HuggingFaceFolder:
         """
         self.path = path
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} is not a Hugging Face model folder: it has no config.json")
+            ours = " (a checkpoint or run of Steppe's own needs no import)" if is_ours(path) else ""
+            raise FileNotFoundError(f"{path} is not a Hugging Face model folder: it has no config.json{ours}")
         stated = read_json(path / "config.json")
         if not isinstance(stated, dict):
             raise ValueError(f"{path / 'config.json'} is not the config of a model: it holds no JSON object")
-        self.config: ModelConfig = config_from_hf(stated)
+        try:
+            self.config: ModelConfig = config_from_hf(stated)
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'}: {error}") from None
         self.claimed_context: int | None = stated.get("max_position_embeddings")
         if self.claimed_context is not None and not (type(self.claimed_context) is int and self.claimed_context > 0):
             raise ValueError(f"{path}: max_position_embeddings {self.claimed_context!r} is no number of tokens")
@@ -101,6 +105,11 @@ class _StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a folder is a run or a checkpoint."""
+    return (path / "index.json").is_file() or (path / "config.yaml").is_file()
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:

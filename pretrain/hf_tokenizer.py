@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import SPACE, Tokenizer
-from pretrain.run_dir import write_json
+from pretrain.run_dir import write_durably, write_json
 
 _SAMPLE = (
     "The steppe,  from the Danube to Manchuria:\r\n\tdef f(x):\n\n        return {x ** 2}  # 1,234.5 %\n"
@@ -40,7 +40,7 @@ def write_fast_tokenizer(sentencepiece_model: Path, out: Path, context_length: i
     spec = sentencepiece_model_pb2.ModelProto()
     spec.ParseFromString(sentencepiece_model.read_bytes())
     _check_kind(sentencepiece_model, spec)
-    _build(spec).save(str(out / "tokenizer.json"))
+    write_durably(out / "tokenizer.json", _build(spec).to_str(pretty=True))
     special = {
         f"{role}_token": spec.pieces[at].piece
         for role, at in (

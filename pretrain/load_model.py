@@ -117,7 +117,7 @@ def checkpoint_of(target: Path, step: int | None, problems: list[Exception]) -> 
         if step is not None:
             raise ValueError(f"--step {step}: only a run has several steps, and {target} has no config.yaml")
         if not (target / INDEX_NAME).is_file():
-            raise ValueError(f"{target} is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})")
+            raise ValueError(f"{target} {what_it_is(target)}")
         return target
     if step is None:
         newest = newest_checkpoint(run.checkpoints, problems)
@@ -129,6 +129,17 @@ def checkpoint_of(target: Path, step: int | None, problems: list[Exception]) -> 
         kept = ", ".join(str(step_of(path)) for path in list_checkpoints(run.checkpoints)) or "none"
         raise ValueError(f"--step {step}: {target} has no checkpoint of that step, it keeps {kept}")
     return chosen
+
+
+def what_it_is(target: Path) -> str:
+    """What is to be said of a path that is neither a run nor a checkpoint."""
+    if not target.exists():
+        return "does not exist"
+    if (target / "config.json").is_file():
+        return "is a Hugging Face folder: make a checkpoint of it with `steppe import`"
+    if list_checkpoints(target):
+        return "is the folder of a run's checkpoints: name the run, or one of them"
+    return f"is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})"
 
 
 def _from_run(run: RunDir) -> _Found:

@@ -12,12 +12,13 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, verif
 
 Target = Annotated[Path, typer.Argument(metavar="PATH", help="A run, or one of its checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-COMMITTED, DAMAGED, ASIDE = "committed", "damaged", "set aside"
+COMPLETE, DAMAGED, ASIDE = "complete", "damaged", "set aside"
 
 
 @app.command("list")
 def list_(path: Target, as_json: AsJson = False) -> None:
-    """The checkpoints of a run, oldest first: step, tokens, size, and whether their files are all there."""
+    """The checkpoints of a run, oldest first: step, tokens, size, and whether their files are all there and of their
+    size (`verify` reads them)."""
     from pretrain.run_dir import RunDir
     from pretrain.validation import past_losses
 
@@ -105,6 +106,7 @@ def _checkpoints(path: Path, with_damaged: bool = False) -> list[Path]:
     """
     from pretrain.checkpoint.folder import list_checkpoints, list_damaged, step_of
     from pretrain.checkpoint.index import INDEX_NAME
+    from pretrain.load_model import what_it_is
     from pretrain.run_dir import RunDir
 
     run = RunDir(path)
@@ -116,7 +118,7 @@ def _checkpoints(path: Path, with_damaged: bool = False) -> list[Path]:
         return found
     if (path / INDEX_NAME).is_file():
         return [path]
-    raise ValueError(f"{path} is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})")
+    raise ValueError(f"{path} {what_it_is(path)}")
 
 
 def _row(checkpoint: Path, losses: dict[int, float]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _row(checkpoint: Path, losses: dict[int, float]) -> dict[str, Any]:
     from pretrain.checkpoint.index import DamagedError, OtherVersionError, read_index
 
     row: dict[str, Any] = dict.fromkeys(("step", "tokens", "ranks", "size_bytes"))
-    row |= {"path": str(checkpoint), "state": COMMITTED, "problem": None}
+    row |= {"path": str(checkpoint), "state": COMPLETE, "problem": None}
     try:
         index = read_index(checkpoint)
         tokens = None if index.trainer is None else index.trainer["tokens"]

@@ -48,7 +48,10 @@ def export(
         f"{compared['difference']:.1e})"
     )
     if result["tokenizer"]:
-        print("its tokenizer adds no BOS, as ours; AutoTokenizer.from_pretrained(DIR, add_bos_token=True) does")
+        print(
+            "steppe generate and eval begin with BOS, which the tokenizer leaves to you: "
+            "AutoTokenizer.from_pretrained(DIR, add_bos_token=True) adds it"
+        )
     else:
         print("no tokenizer was written")
 

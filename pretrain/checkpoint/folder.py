@@ -14,11 +14,10 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pretrain.checkpoint.index import DamagedError, OtherVersionError, read_index
+from pretrain.checkpoint.index import STEP_NAME, DamagedError, OtherVersionError, read_index
 from pretrain.config import CheckpointConfig
 from pretrain.run_dir import sync_folder
 
-_COMMITTED = re.compile(r"step_(\d{8,})")
 _DAMAGED = re.compile(r"step_(\d{8,})\.damaged")
 _REPLACED = ".replaced.tmp"
 
@@ -35,7 +34,7 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return _named(folder, _COMMITTED)
+    return _named(folder, STEP_NAME)
 
 
 def list_damaged(folder: Path) -> list[Path]:

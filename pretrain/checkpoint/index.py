@@ -22,6 +22,7 @@ from pretrain.config import RunConfig
 from pretrain.run_dir import write_durably
 
 INDEX_NAME = "index.json"
+STEP_NAME = re.compile(r"step_(\d{8,})")
 FORMAT = 2
 _HEAD = '{"xxh3": "%s", "index": '
 _HEAD_BYTES = len(_HEAD % ("0" * 16))
@@ -193,6 +194,9 @@ def checked_index(checkpoint: Path) -> tuple[CheckpointIndex, bytes]:
     except FileNotFoundError:
         raise DamagedError(f"{path} is missing") from None
     index = parse_index(raw, path)
+    named = STEP_NAME.fullmatch(checkpoint.name)
+    if named is not None and index.config is not None and int(named[1]) != index.step:
+        raise DamagedError(f"{path} is of step {index.step}, not of that in its folder's name")
     for rank, stored in enumerate(index.files):
         check_size(checkpoint / rank_file_name(rank), stored.size_bytes)
     expected = index.tokenizer_fingerprint

@@ -109,6 +109,9 @@ def test_a_run_starts_from_the_weights_of_another(
     first = curve(run)
     assert first[0][1] < curve(undisturbed)[0][1] - 0.5
     shutil.rmtree(run / "checkpoints")
+    refused = steppe("resume", run, code=2)
+    assert "holds no checkpoint, though the run has saved one at step 1: bring it back" in refused.stderr
+    (run / "events.jsonl").unlink()  # as if it had been killed before it saved
     steppe("resume", run, "--stop-after", 1)
     assert curve(run) == first
 

@@ -112,7 +112,7 @@ def test_a_shard_of_the_checkpoint_before(folder: Path, engine: RowsEngine, rank
 def test_an_index_of_the_checkpoint_before(folder: Path, engine: RowsEngine) -> None:
     """It is whole; the shards are not those that it tells of."""
     damage.of_the_checkpoint_before(checkpoint_path(folder, 2) / INDEX_NAME)
-    falls_back(folder, engine, rank_file_name(0))
+    falls_back(folder, engine, INDEX_NAME)
 
 
 @pytest.mark.parametrize(

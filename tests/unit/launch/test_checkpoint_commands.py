@@ -39,8 +39,8 @@ def test_list(run: RunDir) -> None:
     assert "2.0000" in shown.stdout
     rows = json.loads(steppe("list", run.path, "--json").stdout)["checkpoints"]
     assert [(row["step"], row["state"], row["validation_loss"]) for row in rows] == [
-        (10, "committed", None),
-        (20, "committed", 2.0),
+        (10, "complete", None),
+        (20, "complete", 2.0),
     ]
     assert rows[0]["size_bytes"] == (checkpoint_path(run.checkpoints, 10) / "rank-00000.safetensors").stat().st_size
 
@@ -84,6 +84,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         refused = steppe(command, tmp_path)
         assert isinstance(refused.exception, ValueError)
         assert "is neither a run (config.yaml) nor a checkpoint (index.json)" in str(refused.exception)
+        assert "missing does not exist" in str(steppe(command, tmp_path / "missing").exception)
     (tmp_path / "config.yaml").write_text("name: x")
     for command in ("list", "verify", "show"):
         assert "a run without a checkpoint" in str(steppe(command, tmp_path).exception)

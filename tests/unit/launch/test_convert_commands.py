@@ -61,7 +61,7 @@ def test_what_a_person_reads(tmp_path: Path) -> None:
     for words in (
         "LlamaForCausalLM, 143,808 parameters of step 0 in fp32, 0.6 MB in 1 file\n",
         "logits equal transformers' on 256 tokens (layer by layer; largest difference ",
-        "adds no BOS, as ours; AutoTokenizer.from_pretrained(DIR, add_bos_token=True) does",
+        "AutoTokenizer.from_pretrained(DIR, add_bos_token=True) adds it",
     ):
         assert words in exported.stdout
     imported = steppe_here("import", tmp_path / "there", "--out", tmp_path / "back")

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 
 from launch.ranks import RanksError, StoppedError, culprit, run_ranks
-from launch.run import check_same_data, failure, locked, recipe_path, with_checked_init
+from launch.run import failure, locked, recipe_path
+from launch.run_checks import check_checkpoints_are_there, check_same_data, with_checked_init
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import read_index
 from pretrain.config import RunConfig
 from pretrain.outcome import Outcome, exit_code_of
 from pretrain.recipe import load_config, validated
-from pretrain.run_dir import RunDir, read_json
+from pretrain.run_dir import RunDir, event_line, read_json
 from tests.tiny_run import write_run
 
 
@@ -114,6 +115,15 @@ def test_weights_to_start_from_are_of_this_model_and_tokenizer(tmp_path: Path) -
         with_checked_init(begun(newest), "0" * 16)
     with pytest.raises(ValueError, match="is neither a run"):
         with_checked_init(begun(tmp_path), tokenizer)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_started_over(run: RunDir) -> None:
+    check_checkpoints_are_there(run)
+    run.events_path.write_text(event_line("checkpoint", {"step": 30, "path": "x"}))
+    with pytest.raises(ValueError, match="holds no checkpoint, though the run has saved one at step 30: bring it back"):
+        check_checkpoints_are_there(run)
+    (run.checkpoints / "step_00000030").mkdir(parents=True)
+    check_checkpoints_are_there(run)
 
 
 def test_whose_fault_it_is(tmp_path: Path) -> None:

@@ -272,3 +272,20 @@ def test_a_real_checkpoint() -> None:
         unread = decoder.logits(decoder.hidden(unread, cache=cache)[:, -1:]).argmax(dim=-1)
         written.append(unread.item())
     assert tokenizer.decode(written).startswith(" Paris")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_attention_heads": 3}, "num_heads 3 is not divisible by num_kv_heads"),
+        ({"vocab_size": 0}, "vocab_size=0: Input should be greater than 0"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers='two': Input should be a valid integer"),
+    ],
+)
+def test_a_config_of_no_model_is_one_line(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    stated = config_to_hf(config(num_kv_heads=2)) | change
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(ValueError, match="config.json: the Hugging Face config is no model's: ") as caught:
+        HuggingFaceFolder(tmp_path)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -127,7 +127,7 @@ def test_what_the_caller_got_wrong(tmp_path: Path) -> None:
         export(tmp_path / "checkpoint", tmp_path / "taken")
     with pytest.raises(ValueError, match="dtype=fp16: a model is exported in fp32 or bf16"):
         export(tmp_path / "checkpoint", tmp_path / "out", dtype="fp16")
-    with pytest.raises(ValueError, match="max_shard_bytes 0: give a size of 1 byte or more"):
+    with pytest.raises(ValueError, match="--max-shard-size 0: give a size of 1 byte or more"):
         export(tmp_path / "checkpoint", tmp_path / "out", max_shard_bytes=0)
     with pytest.raises(ValueError, match="neither a run .* nor a checkpoint"):
         export(tmp_path / "taken", tmp_path / "out")

@@ -125,7 +125,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index": (lambda path: flip_bit(path / "index.json", 500), "index.json is damaged"),
     "index-cut": (lambda path: truncate(path / "index.json"), "index.json is damaged"),
     "index-empty": (lambda path: (path / "index.json").write_bytes(b""), "index.json is damaged"),
-    "other-index": (lambda path: shutil.copy(older(path) / "index.json", path), "or not of this checkpoint"),
+    "other-index": (lambda path: shutil.copy(older(path) / "index.json", path), "index.json is of step"),
     "no-tokenizer": (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "tokenizer": (lambda path: flip_bit(path / "tokenizer.model", 3), "or not the one that was saved"),
     "nothing": (empty, "index.json is missing"),

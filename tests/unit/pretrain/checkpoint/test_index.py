@@ -207,3 +207,11 @@ def test_the_tokenizer_is_the_one_that_was_saved(checkpoint: Path) -> None:
     assert str(missing.value) == str(caught.value)
     edit_index(checkpoint, lambda index: index.update(tokenizer_fingerprint=None))
     assert isinstance(read_index(checkpoint), CheckpointIndex)
+
+
+def test_a_name_that_is_not_its_step_is_damage(checkpoint: Path) -> None:
+    """A copy under a later name would be taken for the newest at every resume."""
+    copy = shutil.copytree(checkpoint, checkpoint.with_name("step_00000040"))
+    with pytest.raises(DamagedError, match="index.json is of step 7, not of that in its folder"):
+        read_index(copy)
+    assert read_index(copy.rename(copy.with_name("a-copy"))).step == 7

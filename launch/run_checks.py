@@ -1,0 +1,126 @@
+"""What must hold before ranks start: each check raises ValueError with the value, the rule and the remedy."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipeline.manifest import TOKENIZER_NAME, Manifest
+from data_pipeline.order import shares
+from data_pipeline.token_source import check_same_tokenizer
+from pretrain.config import RunConfig
+from pretrain.deepspeed_config import deepspeed_config
+from pretrain.layout import check_layout
+from pretrain.resume_policy import flat
+from pretrain.run_dir import RunDir, read_events
+
+
+def check_ranks(config: RunConfig, nproc: int) -> None:
+    """Raise ValueError unless the batch divides over the ranks and this machine can hold them."""
+    if nproc < 1:
+        raise ValueError(f"--nproc {nproc}: give a number of ranks, 1 or more")
+    check_layout(config, nproc)
+    deepspeed_config(config, nproc // config.parallel.ranks_per_sample)
+    from pretrain.device import check_device
+
+    check_device(nproc, config.precision)
+
+
+def check_stop_after(stop_after: int | None) -> None:
+    if stop_after is not None and stop_after < 1:
+        raise ValueError(f"--stop-after {stop_after}: give the number of a step, 1 or later")
+
+
+def check_checkpoints_are_there(run: RunDir) -> None:
+    """Raise ValueError if the run has saved checkpoints and has none now: it is not to start over unasked."""
+    saved = read_events(run.events_path, "checkpoint") if run.events_path.is_file() else []
+    if saved and not any(run.checkpoints.glob("step_*")):
+        raise ValueError(
+            f"{run.checkpoints} holds no checkpoint, though the run has saved one at step {saved[-1]['step']}: "
+            "bring it back (is its disk mounted?), or start a new run"
+        )
+
+
+def check_data(config: RunConfig) -> dict[str, Any]:
+    """Open every manifest (which checks that the shards are there and whole) and that all agree with the model.
+
+    Returns the fingerprints that the run records.
+    """
+    manifests = {}
+    held_out = config.evaluation.sources if config.evaluation.every_steps else ()
+    for source in (*config.data.sources, *held_out):
+        manifests[source.path] = manifest = Manifest.load(source.path)
+        if manifest.vocab_size > config.model.vocab_size:
+            raise ValueError(
+                f"{source.path} was written with a vocabulary of {manifest.vocab_size}, the model has "
+                f"model.vocab_size={config.model.vocab_size}: set it to {manifest.vocab_size}"
+            )
+        if manifest.tokens <= config.data.sequence_length:
+            raise ValueError(
+                f"{source.path} holds {manifest.tokens} tokens, not one window of data.sequence_length="
+                f"{config.data.sequence_length} and its next token: add text, or shorten the sequence"
+            )
+        copy = xxhash.xxh3_64_hexdigest((Path(source.path) / TOKENIZER_NAME).read_bytes())
+        if copy != manifest.tokenizer_fingerprint:
+            raise ValueError(
+                f"{Path(source.path) / TOKENIZER_NAME} is not the tokenizer that {source.path} was written with "
+                f"({copy}, its manifest says {manifest.tokenizer_fingerprint}): restore it, or prepare the data again"
+            )
+    check_same_tokenizer(manifests)
+    shares({source.name: source.weight for source in config.data.sources}, [])
+    training = {source.name: manifests[source.path].fingerprint for source in config.data.sources}
+    return {"tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint, "manifests": training}
+
+
+# What a model is trained with, and not what it computes.
+OF_TRAINING = {"document_mask", "moe.balance_coefficient", "moe.bias_update_rate", "moe.z_loss"}
+
+
+def with_checked_init(config: RunConfig, tokenizer: str) -> RunConfig:
+    """The config with the very checkpoint to start from, if it names one: the run which that is of may go on.
+
+    Raises ValueError unless its weights are of this model and this tokenizer.
+    """
+    if config.init_from is None:
+        return config
+    from pretrain.checkpoint.index import read_index
+    from pretrain.load_model import checkpoint_of
+
+    problems: list[Exception] = []
+    try:
+        checkpoint = checkpoint_of(Path(config.init_from), None, problems).resolve()
+    except ValueError as error:
+        raise ValueError(f"init_from: {error}") from None
+    for problem in problems:
+        print(f"steppe: passed over: {problem}", file=sys.stderr)
+    index = read_index(checkpoint)
+    theirs, ours = flat(index.model.model_dump(mode="json")), flat(config.model.model_dump(mode="json"))
+    for key in sorted((theirs.keys() | ours.keys()) - OF_TRAINING):
+        if theirs.get(key) != ours.get(key):
+            raise ValueError(
+                f"init_from={config.init_from} is of a model with {key}={theirs.get(key)!r}, this run's model has "
+                f"{ours.get(key)!r}: set model.{key} to what the weights are of"
+            )
+    if index.tokenizer_fingerprint not in (None, tokenizer):
+        raise ValueError(
+            f"init_from={config.init_from} was trained with another tokenizer ({index.tokenizer_fingerprint}, the "
+            f"data's is {tokenizer}), so that token ids mean something else: prepare the data with its tokenizer.model"
+        )
+    return config.model_copy(update={"init_from": str(checkpoint)})
+
+
+def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]) -> None:
+    """A resumed run reads with the same tokenizer, and the same bytes under the same source name."""
+    if old["tokenizer"] != new["tokenizer"] and "tokenizer" not in allowed:
+        raise ValueError(
+            f"tokenizer was {old['tokenizer']} and would become {new['tokenizer']}: the model's token ids would change "
+            "meaning; prepare the data with the run's own tokenizer.model, or insist with --allow tokenizer"
+        )
+    for name, fingerprint in new["manifests"].items():
+        before = old["manifests"].get(name, fingerprint)
+        if before != fingerprint and "manifest" not in allowed:
+            raise ValueError(
+                f"data source {name} is not what this run has read so far (manifest {before}, now {fingerprint}): "
+                "restore it, add the new data under another name, or insist with --allow manifest"
+            )
