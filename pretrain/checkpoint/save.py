@@ -245,6 +245,8 @@ class _Save:
         try:
             remove_leftovers(self.saver.folder)
         except OSError as error:
+            if self.scratch.exists():
+                raise
             self.note = f"but before: {error}"
         self.scratch.mkdir()
 
