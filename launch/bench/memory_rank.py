@@ -27,7 +27,6 @@ from pretrain.layout import micro_batches
 from pretrain.parallel_dims import ParallelDims
 from pretrain.random_batch import random_batch
 
-
 # Of the measured step. What another thread releases is seen late, by chance too late: that never lowers a peak.
 REPEATS = 3
 
