@@ -34,8 +34,10 @@ def check_stop_after(stop_after: int | None) -> None:
 
 def check_checkpoints_are_there(run: RunDir) -> None:
     """Raise ValueError if the run has saved checkpoints and has none now: it is not to start over unasked."""
-    saved = read_events(run.events_path, "checkpoint") if run.events_path.is_file() else []
-    if saved and not any(run.checkpoints.glob("step_*")):
+    if any(run.checkpoints.glob("step_*")) or not run.events_path.is_file():
+        return
+    saved = read_events(run.events_path, "checkpoint")
+    if saved:
         raise ValueError(
             f"{run.checkpoints} holds no checkpoint, though the run has saved one at step {saved[-1]['step']}: "
             "bring it back (is its disk mounted?), or start a new run"

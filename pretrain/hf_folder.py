@@ -10,9 +10,10 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
+from pretrain.checkpoint.index import INDEX_NAME as CHECKPOINT_INDEX_NAME
 from pretrain.hf import config_from_hf
 from pretrain.hf_weights import known_names, parameter_from_hf, stored_shapes
-from pretrain.run_dir import read_json
+from pretrain.run_dir import RunDir, read_json
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -109,7 +110,7 @@ class _StoredTensors(Mapping[str, Tensor]):
 
 def is_ours(path: Path) -> bool:
     """Whether a folder is a run or a checkpoint."""
-    return (path / "index.json").is_file() or (path / "config.yaml").is_file()
+    return (path / CHECKPOINT_INDEX_NAME).is_file() or RunDir(path).config_path.is_file()
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str] | None]:

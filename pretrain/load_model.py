@@ -19,10 +19,9 @@ from pretrain.checkpoint.folder import (
     newest_checkpoint,
     none_is_whole,
     step_of,
-    whole_checkpoints,
 )
-from pretrain.checkpoint.index import INDEX_NAME, DamagedError, read_index
-from pretrain.checkpoint.read import read_weights
+from pretrain.checkpoint.index import INDEX_NAME, DamagedError, OtherVersionError
+from pretrain.checkpoint.read import CheckpointReader
 from pretrain.device import detect
 from pretrain.hf_folder import HuggingFaceFolder
 from pretrain.run_dir import RunDir
@@ -117,12 +116,12 @@ def checkpoint_of(target: Path, step: int | None, problems: list[Exception]) -> 
         if step is not None:
             raise ValueError(f"--step {step}: only a run has several steps, and {target} has no config.yaml")
         if not (target / INDEX_NAME).is_file():
-            raise ValueError(f"{target} {what_it_is(target)}")
+            raise no_checkpoint(target)
         return target
     if step is None:
         newest = newest_checkpoint(run.checkpoints, problems)
         if newest is None:
-            raise ValueError(f"{target} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
+            raise no_checkpoint(target)
         return newest
     chosen = checkpoint_path(run.checkpoints, step)
     if not chosen.is_dir():
@@ -131,41 +130,43 @@ def checkpoint_of(target: Path, step: int | None, problems: list[Exception]) -> 
     return chosen
 
 
-def what_it_is(target: Path) -> str:
-    """What is to be said of a path that is neither a run nor a checkpoint."""
+def no_checkpoint(target: Path) -> ValueError:
+    """What is to be said of a path in which there is no checkpoint."""
     if not target.exists():
-        return "does not exist"
+        return ValueError(f"{target} does not exist")
+    run = RunDir(target)
+    if run.config_path.is_file():
+        return ValueError(f"{target} is a run without a checkpoint: there is none in {run.checkpoints}")
     if (target / "config.json").is_file():
-        return "is a Hugging Face folder: make a checkpoint of it with `steppe import`"
+        return ValueError(f"{target} is a Hugging Face folder: make a checkpoint of it with `steppe import`")
     if list_checkpoints(target):
-        return "is the folder of a run's checkpoints: name the run, or one of them"
-    return f"is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})"
+        return ValueError(f"{target} is the folder of a run's checkpoints: name the run, or one of them")
+    return ValueError(f"{target} is neither a run (config.yaml) nor a checkpoint ({INDEX_NAME})")
 
 
 def _from_run(run: RunDir) -> _Found:
     """The newest checkpoint that verifies."""
     problems: list[Exception] = []
-    for checkpoint in whole_checkpoints(run.checkpoints, problems):
+    for checkpoint in reversed(list_checkpoints(run.checkpoints)):
         try:
             return replace(_from_checkpoint(checkpoint), passed_over=tuple(map(str, problems)))
-        except (DamagedError, OSError) as error:
+        except (DamagedError, OtherVersionError, OSError) as error:
             problems.append(error)
-    if problems:
-        raise none_is_whole(run.checkpoints, problems)
-    raise ValueError(f"{run.path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
+    raise none_is_whole(run.checkpoints, problems) if problems else no_checkpoint(run.path)
 
 
 def _from_checkpoint(checkpoint: Path) -> _Found:
-    index = read_index(checkpoint)
-    return _Found(
-        config=index.model,
-        weights=read_weights(checkpoint),
-        tokenizer_path=checkpoint / TOKENIZER_NAME,
-        tokenizer_fingerprint=index.tokenizer_fingerprint,
-        # What imported weights claim is what their Hugging Face folder claimed.
-        context_length=index.sequence_length if index.config else min(index.sequence_length, LONGEST_CONTEXT),
-        step=index.step,
-    )
+    with CheckpointReader(checkpoint) as reader:
+        index = reader.index
+        return _Found(
+            config=index.model,
+            weights=reader.weights(),
+            tokenizer_path=checkpoint / TOKENIZER_NAME,
+            tokenizer_fingerprint=index.tokenizer_fingerprint,
+            # What imported weights claim is what their Hugging Face folder claimed.
+            context_length=index.sequence_length if index.config else min(index.sequence_length, LONGEST_CONTEXT),
+            step=index.step,
+        )
 
 
 def _from_hf(path: Path) -> _Found:

@@ -9,6 +9,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 PLAIN_SECONDS = 10.0
 
 
+def counting_bar(unit: str, console: Console) -> Progress:
+    """A bar of things that are counted, with room for `figures` on the last of them."""
+    return Progress(
+        TextColumn(unit),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+        console=console,
+        expand=True,
+        disable=not console.is_terminal,
+    )
+
+
 class StepProgress:
     """Shows loss, learning rate, tokens/s, MFU and the time that is left."""
 
@@ -20,17 +36,7 @@ class StepProgress:
         self.started = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[figures]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                console=self.console,
-                expand=True,
-            )
+            self.bar = counting_bar("step", self.console)
             self.task = self.bar.add_task("train", total=total_steps, completed=first_step, figures="starting")
             self.bar.start()
 

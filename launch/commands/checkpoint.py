@@ -106,19 +106,18 @@ def _checkpoints(path: Path, with_damaged: bool = False) -> list[Path]:
     """
     from pretrain.checkpoint.folder import list_checkpoints, list_damaged, step_of
     from pretrain.checkpoint.index import INDEX_NAME
-    from pretrain.load_model import what_it_is
+    from pretrain.load_model import no_checkpoint
     from pretrain.run_dir import RunDir
 
     run = RunDir(path)
     if run.config_path.is_file():
         aside = list_damaged(run.checkpoints) if with_damaged else []
         found = sorted([*list_checkpoints(run.checkpoints), *aside], key=step_of)
-        if not found:
-            raise ValueError(f"{path} is a run without a checkpoint: none has been saved yet in {run.checkpoints}")
-        return found
-    if (path / INDEX_NAME).is_file():
-        return [path]
-    raise ValueError(f"{path} {what_it_is(path)}")
+    else:
+        found = [path] if (path / INDEX_NAME).is_file() else []
+    if not found:
+        raise no_checkpoint(path)
+    return found
 
 
 def _row(checkpoint: Path, losses: dict[int, float]) -> dict[str, Any]:

@@ -81,16 +81,13 @@ def none_is_whole(folder: Path, problems: Sequence[Exception]) -> Exception:
     return OSError(text) if unreadable else ValueError(text)
 
 
-def kept_steps(steps: Sequence[int], config: CheckpointConfig, losses: Mapping[int, float]) -> set[int]:
+def kept_steps(steps: Sequence[int], config: CheckpointConfig, best: int | None) -> set[int]:
     """Which of the checkpoints of these steps, rising, stay: the last `keep`, every one that `keep_every_steps`
-    divides, and where `keep_best` asks for it that with the lowest of the validation `losses`, by step."""
+    divides, and the best one."""
     kept = set(steps[-config.keep :])
     if config.keep_every_steps:
         kept |= {step for step in steps if step % config.keep_every_steps == 0}
-    if config.keep_best:
-        measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
-        kept |= set(sorted(measured, key=lambda step: losses[step])[:1])
-    return kept
+    return kept if best is None else kept | {best}
 
 
 def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[int, float]) -> None:
@@ -112,7 +109,7 @@ def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[in
             break
     older = [step_of(path) for path in checkpoints if step_of(path) < whole[0]]  # rotten or not: these may go
     known = [*older, *whole]
-    best = _of_whole_best(folder, known, losses) if config.keep_best else {}
+    best = _best_whole(folder, known, losses) if config.keep_best else None
     kept = kept_steps(known, config, best)
     doomed = [path for path in checkpoints if step_of(path) not in kept]
     _each(remove, [*doomed, *(path for path in list_damaged(folder) if step_of(path) <= newest)])
@@ -127,13 +124,11 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _of_whole_best(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> dict[int, float]:
-    """Of these losses the lowest whose checkpoint is whole: `{step: loss}`, or nothing."""
+def _best_whole(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
+    """The one of these steps with the lowest validation loss whose checkpoint is whole, if any."""
     measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
-    for step in sorted(measured, key=lambda step: losses[step]):
-        if _is_whole(checkpoint_path(folder, step)):
-            return {step: losses[step]}
-    return {}
+    best_first = sorted(measured, key=lambda step: losses[step])
+    return next((step for step in best_first if _is_whole(checkpoint_path(folder, step))), None)
 
 
 def remove(checkpoint: Path) -> None:

@@ -94,6 +94,12 @@ class CheckpointReader:
         self.fill([Piece(name, shape, Box((0,) * len(shape), shape), False, {kind: whole})])
         return whole
 
+    def weights(self, kind: str = "fp32") -> dict[str, Tensor]:
+        """All of `tensor`, by name. kind: another than `fp32` is of the parameters alone; buffers have none."""
+        buffers = buffer_shapes(self.index.model)
+        names = [name for name in self.index.parameters if kind == "fp32" or name not in buffers]
+        return {name: self.tensor(name, kind) for name in names}
+
     def _open(self, rank: int) -> RankFile:
         if rank not in self._files:
             if len(self._files) == OPEN_FILES:
@@ -113,12 +119,6 @@ def _copy_rows(file: RankFile, key: str, copy: Copy, view: Tensor) -> None:
 
 
 def read_weights(checkpoint: Path, kind: str = "fp32") -> dict[str, Tensor]:
-    """The fp32 weights under their logical names, whole, on the CPU.
-
-    kind: another kind of state, such as `exp_avg`, of the parameters; buffers have none.
-    Raises DamagedError where anything is missing or damaged.
-    """
+    """`CheckpointReader.weights` of a checkpoint: fp32 under their logical names, whole, on the CPU."""
     with CheckpointReader(checkpoint) as reader:
-        buffers = buffer_shapes(reader.index.model)
-        names = [name for name in reader.index.parameters if kind == "fp32" or name not in buffers]
-        return {name: reader.tensor(name, kind) for name in names}
+        return reader.weights(kind)

@@ -9,13 +9,6 @@ from data_pipeline.manifest import TOKENIZER_NAME
 from pretrain.checkpoint.index import INDEX_NAME, rank_file_name
 
 
-def flip_bit(path: Path, byte: int, bit: int = 0) -> None:
-    """Flip one bit. byte: counted from the end where it is negative."""
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1 << bit
-    path.write_bytes(data)
-
-
 def truncated(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 

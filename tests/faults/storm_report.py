@@ -10,9 +10,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from pretrain.progress import counting_bar
 from tests.faults.storm_curves import Comparison, Gap
 from tests.faults.storm_plan import Model
 
@@ -82,18 +82,7 @@ class StormProgress:
     def __init__(self, kills: int, console: Console | None = None) -> None:
         self.kills = kills
         self.console = console or Console(stderr=True, highlight=False)
-        self.bar = Progress(
-            TextColumn("kills"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=self.console,
-            expand=True,
-            disable=not self.console.is_terminal,
-        )
+        self.bar = counting_bar("kills", self.console)
         self.task = self.bar.add_task("kills", total=kills, figures="preparing")
 
     def __enter__(self) -> Self:

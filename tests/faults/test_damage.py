@@ -12,6 +12,7 @@ from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import INDEX_NAME, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.save import save_checkpoint
+from tests.checkpoint_edit import flip_bit
 from tests.conftest import Steppe
 from tests.dist.test_run import curve, weights
 from tests.faults import damage
@@ -74,7 +75,7 @@ def test_a_bit_of_a_ranks_file(whole: Path, folder: Path, engine: RowsEngine, ra
     places = [0, 7, 8, start - 1, start, hashes - 1, hashes, size - 1, *random.integers(0, size, 40).tolist()]
     for place in places:
         again(whole, folder)
-        damage.flip_bit(path, place, int(random.integers(8)))
+        flip_bit(path, place, int(random.integers(8)))
         falls_back(folder, engine, path.name)
 
 
@@ -83,12 +84,12 @@ def test_every_byte_of_a_small_file(folder: Path, engine: RowsEngine, name: str)
     checkpoint = checkpoint_path(folder, 2)
     path = checkpoint / name
     for place in range(0, path.stat().st_size, 1 if name == TOKENIZER_NAME else 3):
-        damage.flip_bit(path, place, place % 8)
+        flip_bit(path, place, place % 8)
         with pytest.raises(DamagedError, match=name):
             read_index(checkpoint)
-        damage.flip_bit(path, place, place % 8)
+        flip_bit(path, place, place % 8)
     read_index(checkpoint)
-    damage.flip_bit(path, 100)
+    flip_bit(path, 100)
     falls_back(folder, engine, name)
 
 
@@ -125,14 +126,14 @@ def test_shards_in_each_others_place(folder: Path, engine: RowsEngine, harm: Cal
 
 def test_two_ranks_agree_where_only_one_finds_the_damage(folder: Path, tmp_path: Path) -> None:
     """Each of two ranks reads its own half; what the second finds, both act on."""
-    damage.flip_bit(checkpoint_path(folder, 2) / rank_file_name(1), -100)
+    flip_bit(checkpoint_path(folder, 2) / rank_file_name(1), -100)
     assert act(Action("load", folder, 2), tmp_path) == [0, 0]
     assert names_in(folder) == ["latest", "step_00000001", "step_00000002.damaged"]
 
 
 def test_nothing_is_touched_where_all_are_damaged(folder: Path, engine: RowsEngine) -> None:
     for step in (1, 2):
-        damage.flip_bit(checkpoint_path(folder, step) / rank_file_name(1), -100)
+        flip_bit(checkpoint_path(folder, step) / rank_file_name(1), -100)
     with pytest.raises(ValueError, match="none of the checkpoints in .* can be used") as refusal:
         load_newest(folder, engine, None)
     assert str(refusal.value).count(rank_file_name(1)) == 2
@@ -164,7 +165,7 @@ def test_a_run_goes_on_from_the_one_before(undisturbed: Path, steppe: Steppe, tm
     """The command line says which it resumes from, and why not from the newer; the curve is the undisturbed one's."""
     run = Path(shutil.copytree(undisturbed, tmp_path / "run"))
     older, newer = (checkpoint_path(run / "checkpoints", step) for step in (8, 12))
-    damage.flip_bit(newer / rank_file_name(1), -2000)
+    flip_bit(newer / rank_file_name(1), -2000)
     (run / "checkpoints" / "latest").unlink()
     said = steppe("resume", run).stderr
     assert f"resumes after step 8 from {older} (passed over: {newer / rank_file_name(1)} is damaged: block " in said

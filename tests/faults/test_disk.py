@@ -17,6 +17,7 @@ from pretrain.run_dir import read_events
 from tests.conftest import Corpus, Steppe, command, environment
 from tests.dist.test_bad_input import one_line
 from tests.faults.states import names_in
+from tests.small_disk import mount, unmount
 
 pytestmark = pytest.mark.slow
 SECONDS = 120  # for a run to come to something, on a busy machine
@@ -48,17 +49,14 @@ def mounted() -> Iterator[Callable[[Path], Disk]]:
     """Mount a small file system at a folder, for as long as the test takes."""
     paths = []
 
-    def mount(path: Path) -> Disk:
-        path.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(path)]
-        if subprocess.run(words, capture_output=True, check=False).returncode:
-            pytest.skip("a small file system can be mounted by root only")
+    def mounted_at(path: Path) -> Disk:
+        mount(path, megabytes=20)
         paths.append(path)
         return Disk(path)
 
-    yield mount
+    yield mounted_at
     for path in paths:
-        subprocess.run(["umount", "-l", str(path)], check=True)
+        unmount(path)
 
 
 def await_event(run: Path, kind: str, after: int, process: "subprocess.Popen[str]") -> dict[str, Any]:

@@ -14,8 +14,8 @@ import pytest
 from pretrain.checkpoint.folder import checkpoint_path, list_checkpoints
 from pretrain.checkpoint.load import load_checkpoint, load_newest
 from pretrain.checkpoint.save import CheckpointSaver, Saved, save_checkpoint
+from tests.checkpoint_edit import flip_bit
 from tests.faults import disk
-from tests.faults.damage import flip_bit
 from tests.faults.savers import LOST_A_PEER, Action, Kill, act, write_points
 from tests.faults.states import RowsEngine, faults_config, names_in
 
@@ -47,7 +47,7 @@ def scene(name: Name, folder: Path, tokenizer: Path, world: int) -> Scene:
     if name == "again":
         return Scene(save, 2, 2, "replace step_00000002.tmp step_00000002")
     if name == "aside":
-        flip_bit(checkpoint_path(folder, 2) / "rank-00000.safetensors", byte=-500)
+        flip_bit(checkpoint_path(folder, 2) / "rank-00000.safetensors", -500)
         return Scene(Action("load", folder, world), 1, 1, "replace step_00000002 step_00000002.damaged")
     shutil.copytree(checkpoint_path(folder, 1), folder / "step_00000002.damaged")
     shutil.copytree(checkpoint_path(folder, 1), folder / "step_00000003.tmp")

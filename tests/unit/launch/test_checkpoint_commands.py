@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 from launch.commands.checkpoint import app
 from pretrain.checkpoint.folder import checkpoint_path, set_aside
 from pretrain.run_dir import RunDir, event_line
+from tests.checkpoint_edit import flip_bit
 from tests.tiny_run import write_run
 
 RUNNER = CliRunner()
@@ -16,12 +17,6 @@ RUNNER = CliRunner()
 
 def steppe(*arguments: object) -> Result:
     return RUNNER.invoke(app, [str(argument) for argument in arguments])
-
-
-def flip(path: Path, at: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.fixture
@@ -64,7 +59,7 @@ def test_verify(run: RunDir) -> None:
 
 @pytest.mark.parametrize(("name", "at"), [("rank-00000.safetensors", -4), ("rank-00000.safetensors", 9000)])
 def test_verify_finds_a_bit(run: RunDir, name: str, at: int) -> None:
-    flip(checkpoint_path(run.checkpoints, 20) / name, at)
+    flip_bit(checkpoint_path(run.checkpoints, 20) / name, at)
     found = steppe("verify", run.path)
     assert found.exit_code == 1
     assert f"step_00000020/{name} is damaged" in found.stderr

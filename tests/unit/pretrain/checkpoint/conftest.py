@@ -1,7 +1,5 @@
 """An engine that has trained, a tokenizer's file, small blocks, and a disk that is soon full."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 
 from pretrain.checkpoint import commit, rank_file, save
 from pretrain.engine_torch import TorchEngine
+from tests.small_disk import mount, unmount
 from tests.unit.pretrain.checkpoint.made import SMALL_BLOCK, new_engine, train
 
 
@@ -43,12 +42,7 @@ def tokenizer(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 1 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
     path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
-    if (done := subprocess.run(mount, capture_output=True, text=True, check=False)).returncode:
-        pytest.skip(f"no small file system can be mounted: {done.stderr.strip()}")
+    mount(path, megabytes=1)
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    unmount(path)

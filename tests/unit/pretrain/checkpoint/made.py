@@ -16,6 +16,7 @@ from pretrain.config import RunConfig
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
 from pretrain.state import TrainState
+from tests.checkpoint_edit import flip_bit
 from tests.small_run import rank_batches, small_config
 
 CPU = torch.device("cpu")
@@ -80,15 +81,6 @@ def count_reads(patch: pytest.MonkeyPatch) -> list[int]:
 
     patch.setattr(os, "preadv", counted)
     return counts
-
-
-def flip_bit(path: Path, at: int, bit: int = 0) -> None:
-    """Change one bit of a file, in place."""
-    with open(path, "rb+") as file:
-        file.seek(at, 0 if at >= 0 else 2)
-        (byte,) = file.read(1)
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1 << bit]))
 
 
 def truncate(path: Path) -> None:

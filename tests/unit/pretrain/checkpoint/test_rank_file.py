@@ -22,7 +22,8 @@ from pretrain.boxes import Box
 from pretrain.checkpoint import rank_file
 from pretrain.checkpoint.index import DamagedError, StoredFile
 from pretrain.checkpoint.rank_file import RankFile, tensor_key, write_rank_file
-from tests.unit.pretrain.checkpoint.made import SMALL_BLOCK, count_reads, flip_bit
+from tests.checkpoint_edit import flip_bit
+from tests.unit.pretrain.checkpoint.made import SMALL_BLOCK, count_reads
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 REAL_BLOCK = rank_file.BLOCK_BYTES

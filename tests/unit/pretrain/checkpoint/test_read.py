@@ -26,9 +26,9 @@ from pretrain.checkpoint.index import (
 from pretrain.checkpoint.rank_file import tensor_key, write_rank_file
 from pretrain.checkpoint.read import CheckpointReader, plan_copies, read_weights
 from pretrain.engine_torch import TorchEngine
-from tests.checkpoint_edit import edit_index
+from tests.checkpoint_edit import edit_index, flip_bit
 from tests.small_run import MODELS, small_config
-from tests.unit.pretrain.checkpoint.made import SMALL_BLOCK, count_reads, flip_bit, new_engine, save, train
+from tests.unit.pretrain.checkpoint.made import SMALL_BLOCK, count_reads, new_engine, save, train
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
 KINDS = ("fp32", "exp_avg")
