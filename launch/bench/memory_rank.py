@@ -1,23 +1,24 @@
 """One rank of `steppe bench memory`: `python -P -m launch.bench.memory_rank CONFIG.json STEPS FOLDER`.
 
-Of the last step every allocation and release of torch's allocator is recorded and added up in the order of time, from
-what tensors hold when it begins. That is what `torch.cuda.max_memory_allocated` counts on a GPU. The resident set is
-reported beside it: besides tensors it has what the C library does not give back, gloo's buffers and what libraries
-load, and lacks what was allocated and never touched.
+After every operation of the last step what all live tensors hold is added up, the peak of which is what
+`torch.cuda.max_memory_allocated` counts on a GPU but for workspaces inside an operation. The resident set is reported
+beside it: besides tensors it has what the C library does not give back, gloo's buffers and what libraries load, and
+lacks what was allocated and never touched.
 """
 
 import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import Batch
 from pretrain.config import RunConfig
@@ -27,8 +28,33 @@ from pretrain.layout import micro_batches
 from pretrain.parallel_dims import ParallelDims
 from pretrain.random_batch import random_batch
 
-# Of the measured step. What another thread releases is seen late, by chance too late: that never lowers a peak.
+# Of the measured step: gloo's threads let go of a tensor a moment after its collective, which can only raise a peak.
 REPEATS = 3
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors held at a time, looked at after each operation, whichever thread releases them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        # Between steps nothing is held by autograd alone.
+        gc.collect()
+        self._count([each for each in gc.get_objects() if isinstance(each, torch.Tensor)])
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._count([each for each in tree_leaves(result) if isinstance(each, torch.Tensor)])
+        return result
+
+    def _count(self, tensors: list[torch.Tensor]) -> None:
+        for storage in (each.untyped_storage() for each in tensors if each.device.type == "cpu"):
+            self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._storages = {key: each for key, each in self._storages.items() if not each[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._storages.values()))
 
 
 def main() -> None:
@@ -46,11 +72,10 @@ def main() -> None:
         agree(engine.train_step(_batches(config, dims, step), lr=config.optimizer.lr))
     peaks = []
     for _ in range(REPEATS):
-        before = _live_storages()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        with LiveBytes() as live:
             agree(engine.train_step(_batches(config, dims, steps - 1), lr=config.optimizer.lr))
         # A GPU's allocator keeps the count itself.
-        peaks.append(peak_memory_bytes(device) if device.type == "cuda" else _peak_bytes(before, recorded))
+        peaks.append(peak_memory_bytes(device) if device.type == "cuda" else live.peak)
     result = {
         "peak_bytes": min(peaks),
         "resident_bytes": peak_resident_bytes() - resident_before,
@@ -64,40 +89,6 @@ def _batches(config: RunConfig, dims: ParallelDims, step: int) -> list[Batch]:
     count = micro_batches(config, config.batch.global_batch_size, dims.data_world)
     first = (step * dims.data_world + dims.data_rank) * count
     return [random_batch(config, first + index) for index in range(count)]
-
-
-def _live_storages() -> dict[int, int]:
-    """Bytes of every tensor's memory by its address. Between steps nothing is held by autograd alone."""
-    gc.collect()
-    storages = (each.untyped_storage() for each in gc.get_objects() if isinstance(each, torch.Tensor))
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.device.type == "cpu"}
-
-
-def _peak_bytes(sizes: dict[int, int], recorded: profile) -> int:
-    """The most that was allocated at a time, beginning with `sizes` by address.
-
-    What another thread releases, as gloo's do, is not recorded: an address that is given out again was released.
-    """
-    assert recorded.profiler is not None
-    assert recorded.profiler.kineto_results is not None
-    events = _with_children(recorded.profiler.kineto_results.experimental_event_tree())
-    allocations = (event for event in events if event.tag == _EventType.Allocation)
-    sizes, held = dict(sizes), sum(sizes.values())
-    peak = held
-    for event in sorted(allocations, key=lambda event: event.start_time_ns):
-        address, size = event.extra_fields.ptr, event.extra_fields.alloc_size
-        held -= sizes.pop(address, 0)
-        if size > 0:
-            sizes[address] = size
-            held += size
-        peak = max(peak, held)
-    return peak
-
-
-def _with_children(events: list[Any]) -> Iterator[Any]:
-    for event in events:
-        yield event
-        yield from _with_children(event.children)
 
 
 if __name__ == "__main__":
