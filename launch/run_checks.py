@@ -16,15 +16,19 @@ from pretrain.resume_policy import flat
 from pretrain.run_dir import RunDir, read_events
 
 
-def check_ranks(config: RunConfig, nproc: int) -> None:
-    """Raise ValueError unless the batch divides over the ranks and this machine can hold them."""
-    if nproc < 1:
-        raise ValueError(f"--nproc {nproc}: give a number of ranks, 1 or more")
-    check_layout(config, nproc)
-    deepspeed_config(config, nproc // config.parallel.ranks_per_sample)
-    from pretrain.device import check_device
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raise ValueError unless the model and the batch divide over the ranks."""
+    if ranks < 1:
+        raise ValueError(f"--nproc {ranks}: give a number of ranks, 1 or more")
+    check_layout(config, ranks)
+    deepspeed_config(config, ranks // config.parallel.ranks_per_sample)
 
-    check_device(nproc, config.precision)
+
+def check_device(config: RunConfig, nproc: int) -> None:
+    """Raise ValueError unless this machine can hold so many ranks, and compute as they are to."""
+    from pretrain import device
+
+    device.check_device(nproc, config.precision)
 
 
 def check_stop_after(stop_after: int | None) -> None:

@@ -28,6 +28,12 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "parallel.reduce_dtype": "recorded",
     "checkpoint": "free",
     "evaluation": "free",
+    "health": "free",
+    "health.max_skipped_steps": "recorded",
+    "health.spike_zscore": "recorded",
+    "health.spike_window": "recorded",
+    "health.spike_skip_steps": "recorded",
+    "skips": "recorded",
     "deepspeed": "free",
 }
 

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,7 +20,14 @@ class RunDir:
     events.jsonl      one JSON object a line: environment, start, peak, stage, step, evaluation, checkpoint,
                       checkpoint_failed, expert_load, resume, end
     outcome.json      how the last attempt ended; absent while it runs
+    stop, save        made by a person: checkpoint and end, or checkpoint now; removed by the run when it has done so
     checkpoints/  tensorboard/  logs/
+
+    Of a run that was submitted to a cluster, besides:
+    job.json          how it was submitted
+    job.sbatch        the script that Slurm runs
+    attempts.jsonl    submissions, and each attempt's beginning, signals and end
+    code/, code.json, code.diff  the code that it runs, and where that came from
     """
 
     path: Path
@@ -47,6 +55,30 @@ class RunDir:
     @property
     def outcome_path(self) -> Path:
         return self.path / "outcome.json"
+
+    @property
+    def stop_path(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def save_path(self) -> Path:
+        return self.path / "save"
+
+    @property
+    def job_path(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def script_path(self) -> Path:
+        return self.path / "job.sbatch"
+
+    @property
+    def attempts_path(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def code(self) -> Path:
+        return self.path / "code"
 
     @property
     def lock_path(self) -> Path:
@@ -124,15 +156,17 @@ def event_line(kind: str, event: dict[str, Any]) -> str:
 
 def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The events of a run, oldest first. A last line that a crash cut short is left out."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    with open(path, "rb") as lines:
+        return [event for event in parsed_events(lines) if kind is None or event["type"] == kind]
+
+
+def parsed_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The events of lines, one by one: a long run's need not be in memory together. A torn line is left out."""
+    for line in lines:
         try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
+            yield json.loads(line)
+        except (json.JSONDecodeError, UnicodeDecodeError):
             continue
-        if kind is None or event["type"] == kind:
-            events.append(event)
-    return events
 
 
 def write_json(path: Path, value: Any) -> None:

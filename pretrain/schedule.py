@@ -1,7 +1,7 @@
 """What a step is made of, as pure functions of the config: its batch size, its learning rate, and when the run ends."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from pretrain.config import RunConfig, ScheduleConfig
 
@@ -11,12 +11,26 @@ def batch_size_at(config: RunConfig, tokens: int) -> int:
     return next((size for end, size in config.batch.ramp if tokens < end), config.batch.global_batch_size)
 
 
-def batch_plan(config: RunConfig, position: int, tokens: int) -> Iterator[tuple[int, int]]:
-    """(first position, size in sequences) of every global batch from here on; it does not end by itself."""
+def batch_plan(
+    config: RunConfig, position: int, tokens: int, left_out: Sequence[tuple[int, int]] = ()
+) -> Iterator[tuple[int, int]]:
+    """(first position, size in sequences) of every global batch from here on; it does not end by itself.
+
+    left_out: ranges [start, end) of positions, as in `next_position`.
+    """
     while True:
         size = batch_size_at(config, tokens)
+        position = next_position(position, size, left_out)
         yield position, size
         position, tokens = position + size, tokens + size * config.data.sequence_length
+
+
+def next_position(position: int, size: int, left_out: Sequence[tuple[int, int]]) -> int:
+    """Where a batch of `size` samples begins that could begin at `position`: behind every range that it would touch."""
+    for start, end in sorted(left_out):
+        if position < end and position + size > start:
+            position = end
+    return position
 
 
 def progress(schedule: ScheduleConfig, step: int, tokens: int) -> int:

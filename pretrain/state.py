@@ -1,9 +1,11 @@
 """What the trainer knows besides the engine's tensors: small, explicit, complete."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline.order import Stage
+from pretrain.schedule import next_position
 
 
 @dataclass
@@ -14,6 +16,8 @@ class TrainState:
     position  sequences consumed: the argument of the sample order
     tokens    input tokens consumed, position times the sequence length of its time; lengths in tokens count these
     stages    mixtures and the positions at which they begin; the sample order's only other argument
+    left_out  ranges [start, end) of positions that are never read
+    losses    of the last steps, by which a spike is told (`pretrain/health.py`); empty where none is looked for
 
     There is no random state: after initialisation, which is a function of the seed, training draws no random number.
     """
@@ -22,6 +26,8 @@ class TrainState:
     position: int = 0
     tokens: int = 0
     stages: list[Stage] = field(default_factory=list)
+    left_out: list[tuple[int, int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -30,12 +36,16 @@ class TrainState:
             "position": self.position,
             "tokens": self.tokens,
             "stages": [{"start": stage.start, "weights": stage.weights} for stage in self.stages],
+            "left_out": [list(pair) for pair in self.left_out],
+            "losses": list(self.losses),
         }
 
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> "TrainState":
-        """The inverse of `state_dict`."""
-        return cls(**{**saved, "stages": [Stage(**stage) for stage in saved["stages"]]})
+        """The inverse of `state_dict`; what an older checkpoint lacks is empty."""
+        stages = [Stage(**stage) for stage in saved["stages"]]
+        left_out = [(start, end) for start, end in saved.get("left_out", [])]
+        return cls(**{**saved, "stages": stages, "left_out": left_out})
 
     def set_mixture(self, weights: dict[str, float]) -> bool:
         """Begin a stage here if `weights` differs from the present mixture; says whether it did."""
@@ -44,8 +54,14 @@ class TrainState:
         self.stages.append(Stage(self.position, weights))
         return True
 
+    def leave_out(self, data: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Never read these ranges of positions; returns those of them that are new."""
+        new = [pair for pair in data if pair not in self.left_out]
+        self.left_out = sorted([*self.left_out, *new])
+        return new
+
     def advance(self, sequences: int, sequence_length: int) -> None:
-        """One optimizer step over `sequences` sequences is made."""
+        """One optimizer step over the next `sequences` sequences is made."""
         self.step += 1
-        self.position += sequences
+        self.position = next_position(self.position, sequences, self.left_out) + sequences
         self.tokens += sequences * sequence_length

@@ -62,7 +62,7 @@ def run(recipe: str, rounds: int, folder: Path, peers: list[str], overrides: lis
     Raises ValueError for an unknown peer, a folder that is none, or a recipe that cannot run on one rank;
     RuntimeError if what a contender saved is not what it reads back.
     """
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from pretrain.layout import check_layout
     from pretrain.recipe import load_config
 

@@ -45,7 +45,7 @@ def _plan(
 
 def _config(recipe: str, ranks: int, overrides: list[str], layout: dict[str, int], path: Path) -> Path:
     """Write the recipe's config in this layout, with a batch that fits any."""
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from pretrain.layout import check_layout
     from pretrain.recipe import load_config
 

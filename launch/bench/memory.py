@@ -48,7 +48,7 @@ def run(
     """Measure each setting in processes of its own; returns what `--json` prints."""
     import torch
 
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from model.accounting import parameter_counts
     from pretrain.recipe import load_config
 

@@ -44,7 +44,7 @@ def run(
     a model; RuntimeError if one does other work than ours."""
     from launch.bench.dense_counterpart import dense_counterpart
     from launch.bench.turns import Contender, Spread, ratios, take_turns
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from model.accounting import parameter_counts
     from pretrain.config import RunConfig
     from pretrain.recipe import load_config

@@ -23,7 +23,7 @@ def plan(
     """Parameters, FLOPs, steps and memory of a run on a cluster, and the nearest layout that fits."""
     from launch.gpus import gpu_named
     from launch.plan import make_plan
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from pretrain.recipe import load_config
 
     found = make_plan(load_config(recipe_path(recipe), overrides), nodes, gpus_per_node, gpu_named(gpu))

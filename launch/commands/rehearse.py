@@ -24,7 +24,7 @@ def rehearse(
 ) -> NoReturn:
     """Rehearse a recipe, show how it went, and leave with its exit code. Ranks: as given, or the fewest it takes."""
     from launch.rehearse import rehearse as run
-    from launch.run import recipe_path
+    from launch.run_folder import recipe_path
     from launch.shrink import fewest_ranks
     from pretrain.recipe import load_config
 

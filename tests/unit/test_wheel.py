@@ -36,8 +36,8 @@ def test_a_wheel_stands_alone(tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(installed)
     code = (
-        "import launch.run, pretrain.recipe\n"
-        "print(launch.run.__file__, pretrain.recipe.load_config(launch.run.recipe_path('70b')).name)"
+        "import launch.run_folder, pretrain.recipe\n"
+        "print(launch.run_folder.__file__, pretrain.recipe.load_config(launch.run_folder.recipe_path('70b')).name)"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", code],

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from launch.cli import app
 from launch.gpus import GPUS, gpu_named
 from launch.plan import make_plan, nearest_fit, run_length
-from launch.run import recipe_path
+from launch.run_folder import recipe_path
 from pretrain.config import RunConfig
 from pretrain.recipe import load_config
 from pretrain.schedule import batch_size_at, finished

@@ -6,7 +6,7 @@ import pytest
 
 from launch.gpus import gpu_named
 from launch.plan import make_plan
-from launch.run import RECIPES
+from launch.run_folder import RECIPES
 from pretrain.recipe import load_config
 
 NAMED = {

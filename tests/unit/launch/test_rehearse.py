@@ -9,7 +9,7 @@ import pytest
 from launch.commands.train import train
 from launch.rehearsal_report import Report, Stage
 from launch.rehearse import TOLERANCES, check_done, figures, library, relative, with_sources
-from launch.run import recipe_path
+from launch.run_folder import recipe_path
 from launch.shrink import rehearsal_config
 from pretrain.config import RunConfig
 from pretrain.layout import Layout

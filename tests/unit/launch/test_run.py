@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from launch.ranks import RanksError, StoppedError, culprit, run_ranks
-from launch.run import failure, locked, recipe_path
+from launch.run import failure
 from launch.run_checks import check_checkpoints_are_there, check_same_data, with_checked_init
+from launch.run_folder import locked, recipe_path
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import read_index
 from pretrain.config import RunConfig

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.run import recipe_path
+from launch.run_folder import recipe_path
 from launch.shrink import (
     MOST_RANKS,
     PHASE_STEPS,

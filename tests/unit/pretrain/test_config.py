@@ -138,6 +138,12 @@ def test_the_config_is_frozen() -> None:
         small_config().seed = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("data", ["[[5, 5]]", "[[7, 9], [3, 4]]", "[[0, 4], [3, 6]]", "[[-2, 3]]"])
+def test_left_out_ranges_rise(data: str) -> None:
+    with pytest.raises(ValueError, match="must be .start, end. pairs of positions.*sort and merge them"):
+        small_config(f"skips={{data: {data}}}")
+
+
 def test_every_key_has_a_resume_policy() -> None:
     config = small_config()
     assert {resume_policy(key) for key in flat(config.model_dump(mode="json"))} == {

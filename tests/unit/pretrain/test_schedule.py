@@ -4,8 +4,11 @@ import itertools
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pretrain.schedule import batch_plan, batch_size_at, finished, learning_rate
+from pretrain.state import TrainState
 from tests.small_run import small_config
 
 
@@ -50,6 +53,27 @@ def test_batch_ramp() -> None:
         rest = list(itertools.islice(batch_plan(config, position, position * 24), 3))
         assert rest == [entry for entry in itertools.islice(batch_plan(config, 0, 0), 20) if entry[0] >= position][:3]
     assert batch_size_at(config, 10**9) == 8
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=4),
+    st.integers(1, 8),
+)
+def test_what_is_left_out_is_never_read(ranges: list[tuple[int, int]], size: int) -> None:
+    left_out = [(start, start + length) for start, length in ranges]
+    config = small_config(f"batch={{global_batch_size: {size}, micro_batch_size: 1}}")
+    plan = list(itertools.islice(batch_plan(config, 0, 0, left_out), 20))
+    read = [position for first, count in plan for position in range(first, first + count)]
+    assert read == sorted(set(read))
+    assert not any(start <= position < end for position in read for start, end in left_out)
+    gaps = set(range(read[-1])) - set(read)
+    near = {p for start, end in left_out for p in range(start - size + 1, end)}
+    assert gaps <= near  # nothing but what is left out, and what remains before it of a batch that would reach in
+    state = TrainState()
+    state.leave_out(left_out)
+    for first, count in plan:
+        state.advance(count, 1)
+        assert state.position == first + count
 
 
 def test_finished() -> None:

@@ -1,0 +1,141 @@
+"""A run's folder before any rank starts: made from a recipe, or changed for a resume, once all that can be wrong is
+found. Imports no torch."""
+
+import fcntl
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.manifest import TOKENIZER_NAME
+from launch.run_checks import check_checkpoints_are_there, check_data, check_same_data, with_checked_init
+from pretrain.config import RunConfig
+from pretrain.recipe import apply_overrides, dump_config, load_config, validated
+from pretrain.resume_policy import changes, check_allowed, check_resume
+from pretrain.run_dir import RunDir, event_line, open_events, read_json, write_json
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+# What a start that was killed before the config was written leaves: nothing to go on from, and nothing to lose.
+BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.model", "config.yaml.tmp"}
+
+
+def recipe_path(recipe: str) -> Path:
+    """A path, or the name of a recipe that comes with Steppe. Raises ValueError listing those."""
+    path, built_in = Path(recipe), RECIPES / f"{recipe}.yaml"
+    if path.is_file():
+        return path
+    if built_in.is_file():
+        return built_in
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    raise ValueError(f"{recipe}: no such file, and no recipe of that name; recipes are {names}")
+
+
+def checked_recipe(recipe: str, overrides: list[str], run: RunDir) -> RunConfig:
+    """A recipe's config for a new run. Raises ValueError if it is wrong or the folder holds anything already."""
+    config = with_absolute_paths(load_config(recipe_path(recipe), overrides))
+    check_new(run)
+    return config
+
+
+@contextmanager
+def new_run(config: RunConfig, run: RunDir) -> Iterator[None]:
+    """Make the run's folder, and hold its lock. Raises ValueError if there is one, or its data is not as it must be."""
+    data = check_data(config)
+    config = with_checked_init(config, data["tokenizer"])
+    run.path.mkdir(parents=True, exist_ok=True)
+    with locked(run):
+        check_new(run)  # once more: another may have been started at the same moment
+        write_json(run.data_path, data)
+        shutil.copyfile(Path(config.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
+        dump_config(config, run.config_path)  # last: with it, the folder is a run
+        yield
+
+
+def check_new(run: RunDir) -> None:
+    """Raise ValueError if there is anything in the folder already that a run could have made, or a person."""
+    if run.path.exists() and not (run.path.is_dir() and {entry.name for entry in run.path.iterdir()} <= BEFORE_A_RUN):
+        raise ValueError(f"{run.path} exists and is not empty: choose another --run-dir, or go on with `steppe resume`")
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a resume changes of a run: {dotted key: (old value, new value)}, and the run's data.json."""
+
+    run: RunDir
+    old: RunConfig
+    new: RunConfig
+    differences: dict[str, tuple[Any, Any]]
+    known_data: dict[str, Any]
+    data: dict[str, Any]
+
+    def make(self) -> None:
+        """Write it into the run's folder, on record. The run must be `locked`."""
+        for key, (before, after) in self.differences.items():
+            print(f"{key}: {before} becomes {after}", file=sys.stderr)
+        if self.differences:
+            dump_config(self.new, self.run.config_path)
+            self._record(self.differences)
+        if self.data["tokenizer"] != self.known_data["tokenizer"]:
+            shutil.copyfile(Path(self.new.data.sources[0].path) / TOKENIZER_NAME, self.run.tokenizer_path)
+        write_json(self.run.data_path, self.data)
+
+    def take_back(self) -> None:
+        """The inverse of `make`, on record."""
+        dump_config(self.old, self.run.config_path)
+        write_json(self.run.data_path, self.known_data)
+        self._record({key: (after, before) for key, (before, after) in self.differences.items()})
+
+    def _record(self, differences: dict[str, tuple[Any, Any]]) -> None:
+        with open_events(self.run) as events:
+            events.write(event_line("resume", {"changes": differences}))
+
+
+def checked_change(run: RunDir, overrides: list[str], allowed: list[str]) -> Change:
+    """What `--set` and `--allow` would change of a run. Raises ValueError if it is none, or that cannot be changed."""
+    if not run.config_path.is_file():
+        raise ValueError(f"{run.path} is not a run: {run.config_path.name} is missing in it")
+    old = load_config(run.config_path)
+    tree = apply_overrides(old.model_dump(mode="json"), overrides)
+    if "preset" in tree["model"]:
+        raise ValueError("model.preset: a resumed run has every field of its model already; set the fields themselves")
+    new = with_absolute_paths(validated(tree))
+    differences = changes(old, new)
+    check_allowed(allowed)
+    check_resume(differences, allowed)
+    check_checkpoints_are_there(run)
+    data, known = check_data(new), read_json(run.data_path)
+    check_same_data(known, data, allowed)
+    # A source that is left out now may come back, and must then be what it was.
+    data["manifests"] = known["manifests"] | data["manifests"]
+    return Change(run, old, new, differences, known, data)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with its data where it lies now: a run may be resumed from another folder."""
+
+    def absolute(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+        return tuple(source.model_copy(update={"path": str(Path(source.path).resolve())}) for source in sources)
+
+    data = config.data.model_copy(update={"sources": absolute(config.data.sources)})
+    evaluation = config.evaluation.model_copy(update={"sources": absolute(config.evaluation.sources)})
+    return config.model_copy(update={"data": data, "evaluation": evaluation})
+
+
+@contextmanager
+def locked(run: RunDir) -> Iterator[None]:
+    """One attempt at a time in a run folder; the lock goes with the process, however it ends."""
+    with open(run.lock_path, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Ranks outlive a launcher that is killed: they finish their step and save.
+            with open(run.ranks_lock_path, "w", encoding="utf-8") as ranks_lock:
+                fcntl.flock(ranks_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{run.path} is being trained in by another process: wait for it, or stop it") from None
+        yield
