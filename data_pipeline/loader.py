@@ -6,12 +6,14 @@ copied here, at several times the speed of the fastest training step.
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from data_pipeline.batch import IGNORED_TARGET, Batch, make_batch
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.manifest import Manifest
 from data_pipeline.order import SampleOrder, Stage
 from data_pipeline.token_source import TokenSource, open_sources
 
@@ -40,6 +42,7 @@ class Loader(Iterator[list[Batch]]):
         micro_batch_size: int,
         document_mask: bool,
         plan: Iterator[tuple[int, int]],
+        manifests: Mapping[str, Manifest] = MappingProxyType({}),
     ) -> None:
         """Open the sources and start to read.
 
@@ -52,13 +55,14 @@ class Loader(Iterator[list[Batch]]):
             micro_batch_size: samples of each Batch.
             document_mask: whether batches keep documents apart, see `make_batch`.
             plan: first position and number of samples of each successive global batch; read ahead of need.
+            manifests: of sources, by path, that have been loaded already.
 
         Raises:
             ValueError: a source is unusable, tokenizers differ, or the stages do not suit the sources.
         """
         assert 0 <= data_rank < data_world
         assert micro_batch_size > 0
-        self._sources = open_sources(data.sources, data.sequence_length)
+        self._sources = open_sources(data.sources, data.sequence_length, manifests)
         manifest = next(iter(self._sources.values())).manifest
         self._dtype = manifest.numpy_dtype
         self._bos_id, self._eos_id = manifest.bos_id, manifest.eos_id
@@ -180,6 +184,7 @@ def validation_batches(
     data_world: int,
     document_mask: bool,
     limit_windows: int | None = None,
+    manifest: Manifest | None = None,
 ) -> Iterator[Batch]:
     """A held-out source from its beginning, in order: every token but the first is a target exactly once.
 
@@ -189,7 +194,7 @@ def validation_batches(
     Raises:
         ValueError: the source is unusable or damaged.
     """
-    opened = TokenSource(source, sequence_length)
+    opened = TokenSource(source, sequence_length, manifest)
     try:
         manifest = opened.manifest
         windows = -(-max(0, manifest.tokens - 1) // sequence_length)

@@ -5,6 +5,7 @@ Reads by `preadv` rather than through a memory map, where a truncated file is a 
 
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ class TokenSource:
     Not for use by two threads at once.
     """
 
-    def __init__(self, source: SourceConfig, sequence_length: int) -> None:
-        """Open a data folder.
+    def __init__(self, source: SourceConfig, sequence_length: int, manifest: Manifest | None = None) -> None:
+        """Open a data folder. `manifest`: the folder's, if it has been loaded already, perhaps by another rank.
 
         Raises:
             ValueError: the folder is missing, unfinished or incomplete.
         """
         self.name = source.name
-        self.manifest = Manifest.load(source.path)
+        self.manifest = manifest or Manifest.load(source.path)
         self.windows = max(0, self.manifest.tokens - 1) // sequence_length
         """Full windows; the tokens of one overlap the next by one, which is target here and input there."""
         self._folder = Path(source.path)
@@ -146,13 +147,15 @@ class _OpenShard:
         os.close(self._descriptor)
 
 
-def open_sources(sources: tuple[SourceConfig, ...], sequence_length: int) -> dict[str, TokenSource]:
-    """Open the sources of a run by name.
+def open_sources(
+    sources: tuple[SourceConfig, ...], sequence_length: int, manifests: Mapping[str, Manifest]
+) -> dict[str, TokenSource]:
+    """Open the sources of a run by name. `manifests`: those that have been loaded already, by path.
 
     Raises:
         ValueError: a folder is unusable, or two were prepared with different tokenizers.
     """
-    opened = {source.name: TokenSource(source, sequence_length) for source in sources}
+    opened = {s.name: TokenSource(s, sequence_length, manifests.get(s.path)) for s in sources}
     check_same_tokenizer({source.path: opened[source.name].manifest for source in sources})
     return opened
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
+from deepspeed.runtime.utils import is_invalid_grad_norm
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
@@ -184,18 +185,42 @@ def squared_norm(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient).double().square()
 
 
-def replace_clipping(engine: Engine, scaled_norm: Callable[[], Tensor], factor: Callable[[], Tensor]) -> None:
-    """Let ZeRO take `scaled_norm()` for the norm of the scaled gradient, and then multiply each gradient by `factor()`.
+def replace_clipping(
+    engine: Engine, scaled_norm: Callable[[], Tensor], factor: Callable[[], Tensor], keep_scale: Callable[[], bool]
+) -> None:
+    """Let DeepSpeed take `scaled_norm()` for the norm of the scaled gradient; where it is not finite, leave the update
+    out, else multiply each gradient by `factor()`. Where `keep_scale()`, fp16's loss scale hears of neither.
 
-    Its own norm does not know all layouts, and it unscales by a loss scale that it may just have raised.
+    DeepSpeed's own norm does not know all layouts, and it unscales by a loss scale that it may just have raised. Its
+    test of the norm, which the host reads for it, is the one test for overflow. In 16 bits DeepSpeed would go through
+    all gradients for another before it, reduced and read by itself; at stage 0 it has none.
     """
     zero, stage = engine.optimizer, engine.zero_optimization_stage()
+    if stage == 0:
+        _let_skip(zero, scaled_norm, factor)
+        return
     if stage == 3:
         zero._get_norm_groups = lambda: [scaled_norm()]
         zero.unscale_and_clip_grads = lambda index, _: shrink([zero.fp32_partitioned_groups_flat[index]], factor())
-    elif stage:
+    else:
         zero.scaled_global_norm = scaled_norm
         zero.unscale_and_clip_grads = lambda gradients, _: [g.mul_(factor().to(g.device)) for g in gradients]
+    zero.check_overflow = lambda **_: None
+    update_scale = zero._update_scale
+    zero._update_scale = lambda overflow: None if keep_scale() else update_scale(overflow)
+
+
+def _let_skip(optimizer: Any, scaled_norm: Callable[[], Tensor], factor: Callable[[], Tensor]) -> None:
+    """Give torch's optimizer, which is all there is at stage 0, ZeRO's step: norm, test for overflow, clipping."""
+    update = optimizer.step
+
+    def step() -> None:
+        optimizer.overflow = is_invalid_grad_norm(scaled_norm())  # DeepSpeed's engine looks at it afterwards
+        if not optimizer.overflow:
+            shrink((parameter for group in optimizer.param_groups for parameter in group["params"]), factor())
+            update()
+
+    optimizer.step = step
 
 
 def shrink(parameters: Iterable[Tensor], factor: Tensor) -> None:

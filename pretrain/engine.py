@@ -30,7 +30,7 @@ class StepStats(NamedTuple):
 
     nll          this rank's share of the sum of -log p over the targets that count: all ranks' add up to the whole
     tokens       targets that counted, over all ranks and micro-batches
-    grad_norm    L2 norm of the global gradient before clipping
+    grad_norm    L2 norm of the global gradient before clipping; not finite where any rank's gradient or loss is not
     expert_load  token-expert pairs of each layer with experts, (layers, E), over all ranks and micro-batches
     """
 
@@ -46,11 +46,19 @@ class Engine(Protocol):
     device: torch.device
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        before_update: Callable[[], None] = lambda: None,
+        skip: bool = False,
     ) -> StepStats:
         """One optimizer step over this rank's micro-batches of a global batch. Collective.
 
+        The update is left out, on every rank alike, where the gradient's norm is not finite: what `pieces` and the
+        optimizer's counters show stays as it was, bit for bit, and the gradient is let go of. A loss scale is lowered.
+
         before_update: called when the gradients are there, before anything that `pieces` shows is changed.
+        skip: leave the update out whatever the gradient is; the same on every rank. It does not touch a loss scale.
         """
 
     def validation_nll(self, batch: Batch) -> Tensor:
@@ -65,6 +73,10 @@ class Engine(Protocol):
     def restored(self, scalars: dict[str, Any]) -> None:
         """Call after writing into `pieces()`: sets the scalars and renews what is derived from the masters."""
 
+    def differing_replicas(self) -> list[tuple[str, list[int]]]:
+        """(name, ranks) of each parameter or buffer of which ranks that are to hold the same values hold different
+        bits: those that differ from most of them, or from the first. The same on every rank. Collective."""
+
 
 class Status(NamedTuple):
     """What all ranks know about a step, alike on each: the ground on which they decide together.
@@ -73,6 +85,7 @@ class Status(NamedTuple):
     tokens        targets it was taken over
     grad_norm     as in StepStats
     stop          some rank was asked to stop
+    save          some rank was asked for a checkpoint
     failed        some rank cannot get its next batch
     data_seconds  time spent waiting for data, mean over ranks
     memory_bytes  peak memory of a rank, mean over ranks
@@ -83,6 +96,7 @@ class Status(NamedTuple):
     tokens: int
     grad_norm: float
     stop: bool
+    save: bool
     failed: bool
     data_seconds: float
     memory_bytes: int
@@ -95,11 +109,16 @@ class Status(NamedTuple):
 
 
 def agree(
-    stats: StepStats, stop: bool = False, failed: bool = False, data_seconds: float = 0.0, memory_bytes: int = 0
+    stats: StepStats,
+    stop: bool = False,
+    save: bool = False,
+    failed: bool = False,
+    data_seconds: float = 0.0,
+    memory_bytes: int = 0,
 ) -> Status:
     """One small all-reduce and the step's only read by the host."""
     device, world = stats.nll.device, dist.get_world_size() if dist.is_initialized() else 1
-    own = torch.tensor([stop, failed, data_seconds / world, memory_bytes / world], dtype=torch.float64)
+    own = torch.tensor([stop, save, failed, data_seconds / world, memory_bytes / world], dtype=torch.float64)
     vector = torch.cat([stats.nll.double().reshape(1), own.to(device)])
     if dist.is_initialized():
         dist.all_reduce(vector)
@@ -107,11 +126,12 @@ def agree(
     if stats.expert_load is not None:
         rest.append(stats.expert_load)
     everything = torch.cat([vector, *(value.double().reshape(-1) for value in rest)])
-    nll, stops, failures, waited, memory, tokens, grad_norm, *pairs = everything.tolist()
+    nll, stops, saves, failures, waited, memory, tokens, grad_norm, *pairs = everything.tolist()
     layers = 0 if stats.expert_load is None else len(stats.expert_load)
     experts = len(pairs) // max(layers, 1)
     load = [[int(n) for n in pairs[i * experts : (i + 1) * experts]] for i in range(layers)]
-    return Status(nll / tokens, int(tokens), grad_norm, stops > 0, failures > 0, waited, int(memory), load)
+    asked = (stops > 0, saves > 0, failures > 0)
+    return Status(nll / tokens, int(tokens), grad_norm, *asked, waited, int(memory), load)
 
 
 def decoder_inputs(batch: Batch, device: torch.device, dims: ParallelDims | None = None) -> dict[str, Tensor | None]:
@@ -148,9 +168,9 @@ def global_valid_tokens(batches: Sequence[Batch], device: torch.device, ranks_pe
     return (count / ranks_per_sample).clamp(min=1)
 
 
-def balance_experts(decoder: Decoder, grad_norm: Tensor) -> Tensor | None:
+def balance_experts(decoder: Decoder, updated: bool | Tensor) -> Tensor | None:
     """The experts' load since the last call over all ranks, (layers, E), after it has moved the routers' biases; but
-    not where the gradient overflowed, and the step moved nothing else."""
+    not where the step has `updated` nothing else."""
     layers = [module for module in decoder.modules() if isinstance(module, MoE)]
     if not layers:
         return None
@@ -159,7 +179,7 @@ def balance_experts(decoder: Decoder, grad_norm: Tensor) -> Tensor | None:
         dist.all_reduce(load_LE)
     for layer, load_E in zip(layers, load_LE, strict=True):
         if layer.router.bias is not None:
-            layer.router.update_bias(load_E * grad_norm.isfinite())
+            layer.router.update_bias(load_E * updated)
     return load_LE
 
 

@@ -34,7 +34,8 @@ from pretrain.muon_sharded import HeldBox, ShardedOrthogonalizer
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize, placements
-from pretrain.placement import Placement, kept_beside_zero
+from pretrain.placement import Placement, holders, kept_beside_zero
+from pretrain.replicas import Replica, differing_replicas
 from pretrain.whole_parameters import WholeParameters
 
 
@@ -61,7 +62,9 @@ class DeepSpeedEngine:
         optimizer = build_optimizer(parameter_groups(decoder.named_parameters(), config.optimizer), config)
         self.engine = deepspeed_zero.build(decoder, optimizer, settings, unit)
         self._names = {parameter: name for name, parameter in decoder.named_parameters()}
-        deepspeed_zero.replace_clipping(self.engine, self._scaled_grad_norm, lambda: self._shrink)
+        deepspeed_zero.replace_clipping(
+            self.engine, self._scaled_grad_norm, lambda: self._shrink, self._skips_sound_gradient
+        )
         deepspeed_zero.forget_first_step(self.engine)
         if isinstance(optimizer, Muon):
             optimizer.orthogonalizer = self._sharded_orthogonalizer()
@@ -73,7 +76,11 @@ class DeepSpeedEngine:
         return self.engine.basic_optimizer
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        before_update: Callable[[], None] = lambda: None,
+        skip: bool = False,
     ) -> StepStats:
         """See Engine."""
         valid_tokens = global_valid_tokens(batches, self.device, self.config.parallel.ranks_per_sample)
@@ -87,44 +94,47 @@ class DeepSpeedEngine:
             # DeepSpeed averages gradients over the ranks with other tokens: times their number, it is the sum.
             self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)
             nll += sums.nll
-        self._grad_norm = torch.full((), torch.inf, device=self.device)  # as it stays if DeepSpeed finds an overflow
-        self._shrink = torch.ones((), device=self.device)
+        self._nll, self._skip = nll, skip
         self.apart.reduce_gradients()
-        if self.config.parallel.zero_stage == 0:
-            self._scaled_grad_norm()
-            deepspeed_zero.shrink(self.engine.module.parameters(), self._shrink)
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
         before_update()
         self.engine.step()
-        self.apart.step(lr, self._shrink)
-        expert_load = balance_experts(self.engine.module, self._grad_norm)
+        updated = self.engine.was_step_applied()
+        self.apart.step(lr, self._shrink, updated)
+        expert_load = balance_experts(self.engine.module, updated)
         return StepStats(self._share(nll), valid_tokens, self._grad_norm, expert_load)
 
     def _share(self, nll: Tensor) -> Tensor:
-        """A loss that tensor-parallel ranks all have, counted once."""
-        return nll if self.dims.index("tensor") == 0 else torch.zeros_like(nll)
+        """A loss that tensor-parallel ranks all have, counted once; but not a number where any of them has none."""
+        return nll * (self.dims.index("tensor") == 0)
 
     def _scaled_grad_norm(self) -> Tensor:
-        """The norm of the global gradient times the loss scale, each element of the model counted once.
+        """The norm of the global gradient times the loss scale, each element of the model counted once; not finite
+        where the step is not to be made.
+
+        Every copy of an element, and the loss, takes part, if only times 0: which is 0 if they are finite, and not a
+        number if they are not. So what one rank alone has computed wrongly stops the update of all.
 
         Sets what goes with it: the norm itself, and the factor that unscales and clips the gradient.
         """
         sharded = self.config.parallel.zero_stage > 0
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = self._nll * 0
         for parameter, squared in deepspeed_zero.squared_gradient_norms(self.engine):
-            if self._is_writer(self.places[self._names[parameter]], sharded):
-                total += squared.to(self.device)
+            total += squared.to(self.device) * self._is_writer(self.places[self._names[parameter]], sharded)
         for name, squared in self.apart.squared_gradient_norms():
-            if self._is_writer(self.places[name], sharded=False):
-                total += squared
+            total += squared * self._is_writer(self.places[name], sharded=False)
         dist.all_reduce(total)
         scaled, scale = total.sqrt().float(), deepspeed_zero.loss_scale(self.engine)
         self._grad_norm = scaled / scale
         limit = self.config.optimizer.grad_clip
         excess = ((self._grad_norm + 1e-6) / limit).clamp(min=1) if limit else torch.ones_like(scaled)
         self._shrink = 1 / (excess * scale)
-        return scaled
+        return torch.full_like(scaled, torch.nan) if self._skip else scaled
+
+    def _skips_sound_gradient(self) -> bool:
+        """Whether an update is left out only because it was asked for; such a step alone costs another host read."""
+        return self._skip and bool(self._grad_norm.isfinite())
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
@@ -133,6 +143,26 @@ class DeepSpeedEngine:
         nll = self.engine(**decoder_inputs(batch, self.device, self.dims)).nll
         self.engine.train()
         return self._share(nll)
+
+    @torch.no_grad()
+    def differing_replicas(self) -> list[tuple[str, list[int]]]:
+        """See Engine."""
+        return differing_replicas(list(self._replicas()), self.device)
+
+    def _replicas(self) -> Iterator[Replica]:
+        """What ranks hold alike: parameters and buffers but for ZeRO 3's shares of them; and of parameters that
+        several ranks hold for each other, their shares of the masters."""
+        stage, layout = self.config.parallel.zero_stage, self.dims.layout
+        whole = dict(self.engine.module.named_parameters()) if stage < 3 else dict(self.apart.parameters)
+        whole |= {name: self.engine.module.get_buffer(name) for name in buffer_shapes(self.config.model)}
+        for name, tensor in whole.items():
+            yield Replica(name, holders(name, self.places[name].shape, layout), [tensor])
+        shares: dict[str, list[Tensor]] = {name: [] for name in self._names.values()}
+        for part in deepspeed_zero.fragments(self.engine) if stage else ():
+            shares[part.name].append(part.master.view(-1)[part.at : part.at + part.numel])
+        for name, masters in shares.items():
+            if stage and (copies := self.places[name].copies) is not None:
+                yield Replica(name, list(layout.groups(copies)), masters)
 
     # ------------------------------------------------------------------------------------------- its state
 

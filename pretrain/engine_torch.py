@@ -18,6 +18,7 @@ from pretrain.boxes import Box, Piece
 from pretrain.config import RunConfig
 from pretrain.engine import DTYPES, StepStats, balance_experts, decoder_inputs, global_valid_tokens
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
+from pretrain.replicas import Replica, differing_replicas
 
 
 class TorchEngine:
@@ -31,7 +32,11 @@ class TorchEngine:
         self.optimizer = build_optimizer(groups, config)
 
     def train_step(
-        self, batches: Sequence[Batch], lr: float, before_update: Callable[[], None] = lambda: None
+        self,
+        batches: Sequence[Batch],
+        lr: float,
+        before_update: Callable[[], None] = lambda: None,
+        skip: bool = False,
     ) -> StepStats:
         """See Engine."""
         valid_tokens = global_valid_tokens(batches, self.device)
@@ -49,19 +54,32 @@ class TorchEngine:
                 assert parameter.grad is not None
                 self.masters[name].grad += parameter.grad  # type: ignore[operator]
                 parameter.grad = None
+        overflow = nll * 0  # not a number if the loss is none
         if dist.is_initialized():
+            dist.all_reduce(overflow)
             for master in self.masters.values():
                 dist.all_reduce(master.grad)
         grads = [master.grad for master in self.masters.values() if master.grad is not None]
-        grad_norm = nn.utils.get_total_norm(grads)
+        grad_norm = nn.utils.get_total_norm(grads) + overflow.float()
         if self.config.optimizer.grad_clip:
             nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.optimizer.grad_clip, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         before_update()
+        updated = grad_norm.isfinite() & (not skip)
+        self._update(updated)
+        return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder, updated))
+
+    @torch.no_grad()
+    def _update(self, updated: Tensor) -> None:
+        """The optimizer's step, taken back unless `updated`: the host need not know."""
+        live = [view for piece in self.pieces() for view in piece.views.values()]
+        live += [state["step"] for state in self.optimizer.state.values()]
+        before = [tensor.clone() for tensor in live]
         self.optimizer.step()
+        for tensor, old in zip(live, before, strict=True):
+            tensor.copy_(torch.where(updated, tensor, old))
         self._copy_masters()
-        return StepStats(nll, valid_tokens, grad_norm, balance_experts(self.decoder, grad_norm))
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
@@ -94,6 +112,13 @@ class TorchEngine:
         for state in self.optimizer.state.values():
             state["step"].fill_(scalars["optimizer_steps"])
         self._copy_masters()
+
+    def differing_replicas(self) -> list[tuple[str, list[int]]]:
+        """See Engine."""
+        ranks = range(dist.get_world_size() if dist.is_initialized() else 1)
+        return differing_replicas(
+            [Replica(piece.name, [ranks], [piece.views["fp32"]]) for piece in self.pieces()], self.device
+        )
 
     @torch.no_grad()
     def _copy_masters(self) -> None:

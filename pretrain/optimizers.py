@@ -24,7 +24,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
     """
     alike: dict[tuple[bool, str, str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        algorithm = "muon" if config.name == "muon" and is_block_matrix(name, parameter.ndim) else "adamw"
+        algorithm = algorithm_of(name, parameter.ndim, config)
         experts = "" if getattr(parameter, "allreduce", True) else parameter.group_name  # type: ignore[attr-defined]
         alike[keeps_fp32(name), experts, algorithm, not is_decayed(name)].append(parameter)
     return [
@@ -37,6 +37,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
         }
         for (_, experts, algorithm, spared), parameters in sorted(alike.items(), key=lambda item: item[0])
     ]
+
+
+def algorithm_of(name: str, dimensions: int, config: OptimizerConfig) -> str:
+    """What updates a parameter: a key of STATE_KINDS."""
+    return "muon" if config.name == "muon" and is_block_matrix(name, dimensions) else "adamw"
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: RunConfig) -> torch.optim.Optimizer:

@@ -7,6 +7,8 @@ split the sequence, so what acts there (norms, router, experts) is on each rank 
 are split by expert parallelism alone, whole experts on each rank.
 """
 
+import math
+from collections import defaultdict
 from dataclasses import dataclass
 
 from model.parameters import is_expert, keeps_fp32
@@ -75,6 +77,19 @@ def placement(name: str, shape: Index, layout: Layout, rank: int) -> Placement:
     index = layout.group_of(rank, "tensor").index(rank) // copies
     box = _share(shape, dimension, layout.tensor // copies, index)
     return Placement(shape, box, "kv_head" if copies > 1 else None, "token")
+
+
+def holders(name: str, shape: Index, layout: Layout) -> list[list[int]]:
+    """All ranks, in groups of those that hold the same box of a parameter (or buffer).
+
+    Tensor- and expert-parallel ranks are consecutive: which box a rank holds repeats after the least common multiple of
+    their numbers.
+    """
+    period = math.lcm(layout.tensor, layout.expert)
+    ranks_of: dict[Box, list[int]] = defaultdict(list)
+    for first in range(period):
+        ranks_of[placement(name, shape, layout, first).box] += range(first, layout.world, period)
+    return [sorted(ranks) for ranks in ranks_of.values()]
 
 
 def kept_beside_zero(name: str, config: RunConfig) -> bool:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpoint.save import Saved
+from pretrain.health import Rewound
 from pretrain.progress import StepProgress
 from pretrain.run_dir import RunDir, event_line, open_events
 
@@ -38,6 +39,9 @@ class Recorder(Protocol):
     def saved(self, saved: Saved) -> None:
         """A checkpoint that is committed, or has failed."""
 
+    def rewound(self, rewound: Rewound, zscore: float) -> None:
+        """A spike was undone."""
+
     def event(self, kind: str, say: str = "", **event: Any) -> None:
         """Anything else; `say` is the line for a person."""
 
@@ -54,6 +58,8 @@ class SilentRecorder:
 
     def saved(self, saved: Saved) -> None: ...
 
+    def rewound(self, rewound: Rewound, zscore: float) -> None: ...
+
     def event(self, kind: str, say: str = "", **event: Any) -> None: ...
 
     def close(self) -> None: ...
@@ -63,7 +69,7 @@ class RunRecorder:
     """Writes into a run's folder. A resumed run appends: where a step was made twice, the later line holds."""
 
     def __init__(self, run_dir: RunDir, first_step: int, total_steps: int | None, total_tokens: int | None) -> None:
-        self.events = open_events(run_dir)
+        self.run_dir, self.events = run_dir, open_events(run_dir)
         self.tensorboard = SummaryWriter(str(run_dir.tensorboard), purge_step=first_step + 1)
         self.first = True  # of this attempt's steps
         self.progress = StepProgress(first_step, total_steps, total_tokens)
@@ -102,6 +108,24 @@ class RunRecorder:
         self.event("checkpoint", say, step=saved.step, path=str(saved.path), size_bytes=saved.size_bytes, **times)
         for key, value in times.items():
             self.tensorboard.add_scalar(f"checkpoint/{key}", value, saved.step)
+
+    def rewound(self, rewound: Rewound, zscore: float) -> None:
+        to_step, (start, end) = rewound.state.step, rewound.left_out
+        say = (
+            f"step {rewound.spiked_step}: the loss has spiked ({zscore:.1f} robust standard deviations); goes back to "
+            f"{rewound.checkpoint} and leaves out samples {start} to {end}"
+        )
+        self.event(
+            "rewind",
+            say,
+            step=rewound.spiked_step,
+            to_step=to_step,
+            checkpoint=str(rewound.checkpoint),
+            left_out=[start, end],
+            zscore=zscore,
+        )
+        self.tensorboard.close()
+        self.tensorboard = SummaryWriter(str(self.run_dir.tensorboard), purge_step=to_step + 1)
 
     def event(self, kind: str, say: str = "", **event: Any) -> None:
         self._write(kind, event)

@@ -33,6 +33,11 @@ def next_position(position: int, size: int, left_out: Sequence[tuple[int, int]])
     return position
 
 
+def due(every: int, step: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0
+
+
 def progress(schedule: ScheduleConfig, step: int, tokens: int) -> int:
     """How far the run is, in the schedule's unit."""
     return tokens if schedule.counts_tokens else step

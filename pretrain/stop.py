@@ -1,16 +1,22 @@
-"""Being asked to stop: a signal only sets a flag, which the ranks see together at the end of a step."""
+"""Being asked for something: a signal only sets a flag, a file only lies there; the ranks see both together at the end
+of a step."""
 
 import ctypes
 import os
 import signal
+import time
+from pathlib import Path
 from types import FrameType
+
+from pretrain.run_dir import RunDir
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER = "STEPPE_LAUNCHER"  # the launcher's process id, for the ranks that it starts
 
 
 class StopRequest:
-    """SIGTERM and SIGINT (Ctrl-C) ask for: finish the step, checkpoint, end with exit code 75.
+    """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a job near its time limit) ask for: finish the step, checkpoint, end with
+    exit code 75.
 
     The death of the launcher asks for the same, by a SIGTERM from the kernel: no rank trains on unseen. But before
     `begin` it ends the rank at once: there is nothing to save yet, and ranks that meet through an address which is gone
@@ -19,7 +25,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
         # A rank whose launcher died before this line has another parent by now.
         self._launcher = int(os.environ.get(LAUNCHER, os.getppid()))
@@ -36,3 +42,28 @@ class StopRequest:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
+
+
+class Switches:
+    """The files `stop` and `save` in a run's folder: checkpoint and end, and checkpoint now. The first rank's alone."""
+
+    EVERY_SECONDS = 2.0  # a network file system has better to do than to be asked at each step
+
+    def __init__(self, run_dir: RunDir, rank: int) -> None:
+        self._paths = [run_dir.stop_path, run_dir.save_path] if rank == 0 else []
+        self._next_look = 0.0
+        self._seen: list[Path] = []
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save."""
+        if self._paths and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + self.EVERY_SECONDS
+            self._seen = [path for path in self._paths if path.exists()]
+        names = {path.name for path in self._seen}
+        return "stop" in names, "save" in names
+
+    def done(self) -> None:
+        """What was asked for is under way, for good: the files go, and are not seen again."""
+        for path in self._seen:
+            path.unlink(missing_ok=True)
+        self._seen = []

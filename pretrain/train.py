@@ -1,7 +1,7 @@
 """The loop: data, forward, backward, step, agree, log, validate, save. It never asks how a model is laid out."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest
 from model.accounting import flops_per_token
 from model.config import has_experts
 from pretrain.checkpoint.load import load_initial_weights, load_newest
@@ -18,13 +19,14 @@ from pretrain.checkpoint.save import CheckpointSaver
 from pretrain.config import RunConfig
 from pretrain.device import new_cpu_group, peak_flops, peak_memory_bytes
 from pretrain.engine import DTYPES, Engine, Status, agree, build_engine
-from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, Outcome, exit_code_of
-from pretrain.parallel_dims import ParallelDims, gathered
+from pretrain.health import Health, Rewound
+from pretrain.outcome import EXIT_DONE, EXIT_STOPPED, Outcome, exit_code_of
+from pretrain.parallel_dims import ParallelDims, first_of, gathered
 from pretrain.recorder import Recorder, RunRecorder, SilentRecorder
 from pretrain.run_dir import RunDir
-from pretrain.schedule import batch_plan, finished, learning_rate
+from pretrain.schedule import batch_plan, due, finished, learning_rate
 from pretrain.state import TrainState
-from pretrain.stop import StopRequest
+from pretrain.stop import StopRequest, Switches
 from pretrain.validation import mean_loss, past_losses, validate
 
 SAVE_PATIENCE = timedelta(days=7)  # a rank that dies is noticed at once, one whose disk is slow may take its time
@@ -50,37 +52,54 @@ def train(
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
         recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.layout.world)
-        mixture = {source.name: source.weight for source in config.data.sources}
-        if state.set_mixture(mixture):
-            recorder.event("stage", step=state.step, position=state.position, weights=mixture)
+        begin_stages(config, state, recorder)
         meter = Meter(config, device, dims, recorder)
-        loader = opened.enter_context(closing(open_loader(config, state, dims)))
+        # Looked at once, not by each rank: that is a call a shard of the shared file system.
+        manifests = first_of(lambda: {s.path: Manifest.load(s.path) for s in config.data.sources}, host_group)
+        loader = opened.enter_context(closing(open_loader(config, state, dims, manifests)))
         saver = CheckpointSaver(
             run_dir.checkpoints, engine, config, run_dir.tokenizer_path, save_group, losses, recorder.saved
         )
         opened.enter_context(closing(saver))
+        health, switches = Health(config, engine), Switches(run_dir, dims.rank)
         stop.begin()
+        if config.health.spike_zscore and state.step == 0:
+            saver.start(state)  # something to go back to
 
         outcome = missing_data(loader, state.step, host_group)
         while outcome is None:
             meter.begin()
             lr = learning_rate(config, state.step, state.tokens)
+            skip = state.step + 1 in config.skips.updates
             batches = next(loader)
-            stats = engine.train_step(batches, lr, before_update=saver.staged)
+            stats = engine.train_step(batches, lr, before_update=saver.staged, skip=skip)
             with meter.waiting_for_data():
                 failed = loader.failure is not None  # the next batch is there, or never will be
-            status = agree(stats, stop.asked, failed, meter.data_seconds, peak_memory_bytes(device))
+            to_stop, to_save = switches.look()
+            status = agree(stats, stop.asked or to_stop, to_save, failed, meter.data_seconds, peak_memory_bytes(device))
             sequences = sum(len(batch.tokens) for batch in batches) * dims.data_world
             state.advance(sequences, config.data.sequence_length)
-            meter.record(state, status, lr, sequences)
+            meter.record(state, status, lr, sequences, skipped=skip or not status.finite)
             saver.poll()
 
-            outcome = ending(config, state, status, stop_after) or (
-                missing_data(loader, state.step, host_group) if status.failed else None
-            )
-            sound = status.finite or config.precision == "fp16"
-            if sound and (outcome is not None or due(config.checkpoint.every_steps, state.step)):
+            if (zscore := health.zscore(state, status)) is not None:
+                saver.close()
+                rewound = health.go_back(run_dir.checkpoints, state, host_group)
+                if isinstance(rewound, Rewound):
+                    recorder.rewound(rewound, zscore)
+                    state = rewound.state
+                    loader.close()
+                    loader = opened.enter_context(closing(open_loader(config, state, dims, manifests)))
+                    continue
+                outcome = rewound
+            outcome = outcome or health.unsound(state, status)
+            sound = outcome is None
+            outcome = outcome or ending(config, state, status, stop_after)
+            if outcome is None and status.failed:
+                outcome = missing_data(loader, state.step, host_group)
+            if sound and (outcome is not None or status.save or due(config.checkpoint.every_steps, state.step)):
                 saver.start(state)
+                switches.done()
             hurried = outcome is not None and outcome.status != "done"
             if sound and not hurried and due(config.evaluation.every_steps, state.step):
                 by_source = validate(engine, config, device, dims, host_group)
@@ -92,21 +111,17 @@ def train(
         return outcome
 
 
-def due(every: int, step: int) -> bool:
-    """Whether something that happens every so many steps (0: never) happens after this one."""
-    return every > 0 and step % every == 0
+def begin_stages(config: RunConfig, state: TrainState, recorder: Recorder) -> None:
+    """What the config says of the sample order from here on, if it is new: a mixture, ranges that are left out."""
+    mixture = {source.name: source.weight for source in config.data.sources}
+    if state.set_mixture(mixture):
+        recorder.event("stage", step=state.step, position=state.position, weights=mixture)
+    if left_out := state.leave_out(config.skips.data):
+        recorder.event("left_out", step=state.step, ranges=left_out)
 
 
 def ending(config: RunConfig, state: TrainState, status: Status, stop_after: int | None) -> Outcome | None:
     """How the run ends after this step, or None if it goes on. The same on every rank, since the status is."""
-    if not status.finite and config.precision != "fp16":  # fp16 skips such a step and lowers its loss scale
-        return Outcome(
-            "failed",
-            EXIT_FAILED,
-            state.step,
-            f"step {state.step}: loss {status.loss} with gradient norm {status.grad_norm}, not a number to train on; "
-            "resume from the last checkpoint with a lower optimizer.lr",
-        )
     if finished(config.schedule, state.step, state.tokens):
         return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run is complete")
     if stop_after is not None and state.step >= stop_after:
@@ -140,7 +155,7 @@ def restore(
     return restored.state, "no checkpoint, trains from scratch"
 
 
-def open_loader(config: RunConfig, state: TrainState, dims: ParallelDims) -> Loader:
+def open_loader(config: RunConfig, state: TrainState, dims: ParallelDims, manifests: Mapping[str, Manifest]) -> Loader:
     """The loader from the state's position on."""
     return Loader(
         data=config.data,
@@ -150,7 +165,8 @@ def open_loader(config: RunConfig, state: TrainState, dims: ParallelDims) -> Loa
         data_world=dims.data_world,
         micro_batch_size=config.batch.micro_batch_size,
         document_mask=config.model.document_mask,
-        plan=batch_plan(config, state.position, state.tokens),
+        plan=batch_plan(config, state.position, state.tokens, state.left_out),
+        manifests=manifests,
     )
 
 
@@ -195,7 +211,7 @@ class Meter:
         yield
         self.data_seconds = time.perf_counter() - started
 
-    def record(self, state: TrainState, status: Status, lr: float, sequences: int) -> None:
+    def record(self, state: TrainState, status: Status, lr: float, sequences: int, skipped: bool) -> None:
         """The step is done. MFU: the model's own FLOPs (`model/accounting.py`) against the peak of all devices."""
         seconds = time.perf_counter() - self.started
         tokens_in_step = sequences * self.config.data.sequence_length
@@ -214,6 +230,6 @@ class Meter:
             step_seconds=seconds,
             data_seconds=status.data_seconds,
             memory_bytes=status.memory_bytes,
-            skipped=not status.finite,
+            skipped=skipped,
             expert_load=dict(zip(self.expert_layers, status.expert_load, strict=True)),
         )

@@ -8,9 +8,10 @@ import torch.distributed as dist
 from data_pipeline.batch import Batch
 from data_pipeline.config import SourceConfig
 from data_pipeline.loader import validation_batches
+from data_pipeline.manifest import Manifest
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
-from pretrain.parallel_dims import ParallelDims, gathered
+from pretrain.parallel_dims import ParallelDims, first_of, gathered
 from pretrain.run_dir import RunDir, read_events
 
 
@@ -56,6 +57,7 @@ def read_together(
 ) -> list[Batch]:
     """This rank's batches of a source (at most `evaluation.windows` windows over all ranks, so they fit in memory),
     read before any forward: a rank that cannot read must not leave the others waiting in one."""
+    manifest = first_of(lambda: Manifest.load(source.path), group)  # its files are looked at once, not by each rank
     batches: list[Batch] = []
     failure = None
     try:
@@ -68,6 +70,7 @@ def read_together(
                 dims.data_world,
                 config.model.document_mask,
                 config.evaluation.windows,
+                manifest,
             )
         )
     except (ValueError, OSError) as error:

@@ -43,14 +43,15 @@ class WholeParameters:
             assert parameter.grad is not None
             yield name, squared_norm(parameter.grad)
 
-    def step(self, lr: float, factor: Tensor) -> None:
-        """Multiply gradients by what clips the global gradient, update, and let go of them."""
+    def step(self, lr: float, factor: Tensor, update: bool) -> None:
+        """Multiply gradients by what clips the global gradient, `update` if so told, and let go of them."""
         if self.optimizer is None:
             return
-        shrink(self.parameters.values(), factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        if update:
+            shrink(self.parameters.values(), factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
     def views(self) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -98,5 +98,5 @@ def test_sources_must_share_a_tokenizer(write_folder: WriteFolder) -> None:
     with pytest.raises(
         ValueError, match=rf"data folders {one} \(vocabulary 1000, .*{other} \(vocabulary 1001, .*same one"
     ):
-        open_sources(sources, T)
-    assert list(open_sources(sources[:1], T)) == ["a"]
+        open_sources(sources, T, {})
+    assert list(open_sources(sources[:1], T, {})) == ["a"]

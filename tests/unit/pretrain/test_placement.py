@@ -21,7 +21,7 @@ from pretrain.config import RunConfig
 from pretrain.layout import Layout
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import placements
-from pretrain.placement import TENSOR_PLAN, Placement, kept_beside_zero, placement
+from pretrain.placement import TENSOR_PLAN, Placement, holders, kept_beside_zero, placement
 from tests.small_run import small_config
 
 EVERYTHING = (
@@ -72,15 +72,16 @@ def test_ranks_hold_every_element_as_often_as_they_say(case: tuple[RunConfig, in
     layout = Layout.of(config, world)
     for name, shape in (parameter_shapes(config.model) | buffer_shapes(config.model)).items():
         places = [placement(name, shape, layout, rank) for rank in range(world)]
-        holders: dict[Box, set[int]] = defaultdict(set)
+        ranks_of: dict[Box, set[int]] = defaultdict(set)
         for rank, place in enumerate(places):
-            holders[place.box].add(rank)
+            ranks_of[place.box].add(rank)
+        assert sorted(holders(name, shape, layout)) == sorted(map(sorted, ranks_of.values())), name
         firsts, writers = [], []
         for rank, place in enumerate(places):
             copies = layout.group_of(rank, place.copies) if place.copies else range(rank, rank + 1)
             said = [other for copy in copies for other in layout.group_of(copy, place.replicas)]
             assert len(said) == len(set(said)), name
-            assert set(said) == holders[place.box], name
+            assert set(said) == ranks_of[place.box], name
             if copies.start == rank:
                 firsts.append(rank)
                 writers += [rank] if layout.group_of(rank, place.replicas).start == rank else []
