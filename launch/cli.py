@@ -8,7 +8,7 @@ from typing import NoReturn
 import typer
 
 from launch.bench.app import app as bench
-from launch.commands import checkpoint, convert, data, demo, evaluate, generate, plan, train
+from launch.commands import checkpoint, convert, data, demo, evaluate, generate, plan, report, status, submit, train
 
 app = typer.Typer(
     name="steppe",
@@ -22,6 +22,11 @@ app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("resume")(train.resume)
+app.command("submit")(submit.submit)
+app.command("status")(status.status)
+app.command("logs")(status.logs)
+app.command("cancel")(status.cancel)
+app.command("report")(report.report)
 app.command("eval")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(convert.export)

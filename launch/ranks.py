@@ -1,16 +1,27 @@
-"""Starting ranks on this machine, through torch's elastic launcher."""
+"""Starting ranks on this machine, through torch's elastic launcher: all of a run's, or those of one of its nodes."""
 
 import logging
 import os
 import signal
 import sys
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from pretrain.stop import LAUNCHER
 
 # How long ranks may take to finish a step and save, once asked to stop, before they are killed.
 GRACE_SECONDS = 600
+# How long the launchers of several nodes wait for one another.
+MEETING_SECONDS = 600
+# Where ranks that share a machine meet. Its own name need not resolve.
+HERE: dict[str, Any] = {
+    "min_nodes": 1,
+    "max_nodes": 1,
+    "rdzv_backend": "c10d",
+    "rdzv_endpoint": "localhost:0",
+    "local_addr": "localhost",
+}
 
 
 class RanksError(Exception):
@@ -25,8 +36,33 @@ class StoppedError(Exception):
     """The launcher was asked to stop and has seen its ranks through."""
 
 
-def run_ranks(module: str, args: list[str], nproc: int) -> None:
-    """Run `python -P -m module args...` on `nproc` local ranks and wait for them.
+@dataclass(frozen=True)
+class Meeting:
+    """Where the launchers of several nodes meet: at a port of the first one. name: the same on all of them, and other
+    than those of other runs."""
+
+    name: str
+    address: str
+    port: int
+    nodes: int
+    node: int
+
+    @property
+    def launch_options(self) -> dict[str, Any]:
+        """As torch's LaunchConfig takes it."""
+        return {
+            "min_nodes": self.nodes,
+            "max_nodes": self.nodes,
+            "run_id": self.name,
+            "rdzv_backend": "static",
+            "rdzv_endpoint": f"{self.address}:{self.port}",
+            "rdzv_configs": {"rank": self.node, "timeout": MEETING_SECONDS},
+        }
+
+
+def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None = None) -> None:
+    """Run `python -P -m module args...` on `nproc` local ranks and wait for them; with a `meeting` they are part of a
+    run over several nodes, each of which calls this.
 
     SIGTERM and SIGINT go on to every rank, which then has GRACE_SECONDS. Raises RanksError if a rank fails (the others
     are ended), StoppedError if a signal came and the ranks are through.
@@ -39,13 +75,8 @@ def run_ranks(module: str, args: list[str], nproc: int) -> None:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        **(HERE | {"run_id": uuid.uuid4().hex} if meeting is None else meeting.launch_options),
         nproc_per_node=nproc,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # these ranks share a machine, whose own name need not resolve
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.

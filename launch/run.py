@@ -7,8 +7,17 @@ from typing import Any
 from launch.ranks import RanksError, StoppedError, run_ranks
 from launch.run_checks import check_device, check_ranks, check_stop_after
 from launch.run_folder import checked_change, checked_recipe, locked, new_run
+from pretrain.hang import HANG, Report, hang_line
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
 from pretrain.run_dir import RunDir, read_events, read_json
+
+# What torch raises where a peer is gone, among other things.
+OF_PEERS = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+# Of a rank that ended by SIGKILL without a word.
+OF_MEMORY = (
+    "; if nobody killed it, the kernel did, as it does when memory runs out: `dmesg` says so then, Slurm's `sacct` too "
+    "(OUT_OF_MEMORY), and `steppe plan` what a rank needs"
+)
 
 
 def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, stop_after: int | None) -> Outcome:
@@ -51,10 +60,8 @@ def times_begun(run: RunDir) -> int:
 
 def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
     """Start the ranks and read how they ended."""
-    run.logs.mkdir(exist_ok=True)
+    clear_last_attempt(run)
     print(f"starting {nproc} rank{'s' * (nproc > 1)}", file=sys.stderr)
-    for stale in (run.outcome_path, *run.logs.glob("*.error.json")):
-        stale.unlink(missing_ok=True)
     args = [str(run.path), *([] if stop_after is None else ["--stop-after", str(stop_after)])]
     try:
         run_ranks("pretrain.worker", args, nproc)
@@ -66,24 +73,53 @@ def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
     return Outcome.read(run)
 
 
-def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
-    """What went wrong, in one line: the user's own mistake first, then a rank that was killed, then what a rank said.
+def clear_last_attempt(run: RunDir) -> None:
+    """Remove what the attempt before has left to say how it ended."""
+    run.logs.mkdir(exist_ok=True)
+    for stale in (run.outcome_path, *run.logs.glob("*.error.json"), *run.logs.glob("*.stacks")):
+        stale.unlink(missing_ok=True)
 
-    A rank whose peer vanished complains too, with a RuntimeError of the network's.
+
+def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
+    """What went wrong, in one line: the user's own mistake first, then what a rank said, then a hang, then a rank that
+    was killed.
+
+    A rank whose peer vanished complains too, with one of the network's errors. In a hang every rank is killed, by
+    its own watchdog.
     """
     said: list[tuple[Path, dict[str, Any]]] = [(path, read_json(path)) for path in run.logs.glob("*.error.json")]
-    said.sort(key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] == "RuntimeError", item[0]))
-    killed = isinstance(error, RanksError) and error.killed_by is not None
-    if not said or (killed and said[0][1]["type"] == "RuntimeError"):
-        return Outcome("failed", EXIT_FAILED, last_step(run), f"{error}; go on with: steppe resume {run.path}")
+    hangs = {rank_of(path): Report.of(reason) for path, reason in said if reason["type"] == HANG}
+    said = [item for item in said if item[1]["type"] != HANG]
+    # Of several the first: the others may only complain that it is gone, in the same words as it.
+    said.sort(
+        key=lambda item: (item[1]["exit_code"] != EXIT_WRONG_INPUT, item[1]["type"] in OF_PEERS, written(item[0]))
+    )
+    go_on = f"go on with: steppe resume {run.path}"
+    complaints = not said or said[0][1]["type"] in OF_PEERS
+    if hangs and complaints:
+        message = f"{hang_line(hangs)}; stacks in {run.logs / 'rank_*.stacks'}; {go_on}"
+        return Outcome("failed", EXIT_FAILED, last_step(run), message)
+    killed = error.killed_by if isinstance(error, RanksError) else None
+    if not said or (killed and complaints):
+        message = f"{error}; {go_on}{OF_MEMORY if killed == 'SIGKILL' else ''}"
+        return Outcome("failed", EXIT_FAILED, last_step(run), message)
     path, first = said[0]
     message = " ".join(first["message"].split())
     if first["type"] == "CheckpointError":
         message += f"; put that right, then go on from the checkpoint before with: steppe resume {run.path}"
     elif first["exit_code"] != EXIT_WRONG_INPUT and first["type"] != "OSError":
-        log = path.with_name(path.name.replace(".error.json", ".log"))
-        message = f"{first['type']}: {message} (traceback in {log})"
+        message = f"{first['type']}: {message} (traceback in {run.rank_log(rank_of(path))})"
     return Outcome("failed", first["exit_code"], last_step(run), message)
+
+
+def rank_of(error_path: Path) -> int:
+    """The rank that a `rank_00000.error.json` is of."""
+    return int(error_path.name.removeprefix("rank_").removesuffix(".error.json"))
+
+
+def written(path: Path) -> int:
+    """When, in nanoseconds; by the clock of the file system, which is one for all nodes."""
+    return path.stat().st_mtime_ns
 
 
 def last_step(run: RunDir) -> int:

@@ -4,11 +4,12 @@ found. Imports no torch."""
 import fcntl
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.manifest import TOKENIZER_NAME
@@ -19,7 +20,7 @@ from pretrain.resume_policy import changes, check_allowed, check_resume
 from pretrain.run_dir import RunDir, event_line, open_events, read_json, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
-
+LOOK_AGAIN_SECONDS = 0.5
 
 # What a start that was killed before the config was written leaves: nothing to go on from, and nothing to lose.
 BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.model", "config.yaml.tmp"}
@@ -127,15 +128,34 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"data": data, "evaluation": evaluation})
 
 
+class LockedError(ValueError):
+    """Another process trains in the run's folder."""
+
+
 @contextmanager
-def locked(run: RunDir) -> Iterator[None]:
-    """One attempt at a time in a run folder; the lock goes with the process, however it ends."""
+def locked(run: RunDir, patience_seconds: float = 0.0) -> Iterator[None]:
+    """One attempt at a time in a run folder; the lock goes with the process, however it ends.
+
+    Raises LockedError if another process holds it for longer than the patience, OSError where files cannot be locked.
+    """
+    deadline = time.monotonic() + patience_seconds
     with open(run.lock_path, "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Ranks outlive a launcher that is killed: they finish their step and save.
-            with open(run.ranks_lock_path, "w", encoding="utf-8") as ranks_lock:
-                fcntl.flock(ranks_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{run.path} is being trained in by another process: wait for it, or stop it") from None
+        while not _lock(run, lock):
+            if time.monotonic() >= deadline:
+                raise LockedError(f"{run.path} is being trained in by another process: wait for it, or stop it")
+            time.sleep(LOOK_AGAIN_SECONDS)
         yield
+
+
+def _lock(run: RunDir, lock: TextIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Ranks outlive a launcher that is killed: they finish their step and save.
+        with open(run.ranks_lock_path, "w", encoding="utf-8") as ranks_lock:
+            fcntl.flock(ranks_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        what = f"{error.strerror}: the file system must have locks (flock), or two attempts could train at once"
+        raise OSError(error.errno, what, str(run.lock_path)) from error
+    return True

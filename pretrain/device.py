@@ -19,6 +19,8 @@ GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 91.6e12},
 }
 
+COLLECTIVE_TIMEOUT = "STEPPE_COLLECTIVE_TIMEOUT_SECONDS"  # an environment variable of ours, torch having none
+
 
 def local_rank() -> int:
     """This process's index on its node, as the launcher says."""
@@ -36,6 +38,18 @@ def detect() -> torch.device:
 def device_count() -> int:
     """How many ranks this node takes by default: one a GPU, one where there is none."""
     return torch.cuda.device_count() or 1
+
+
+def gpu_addresses(ranks: int) -> list[str | None]:
+    """PCI address of each local rank's GPU, such as "0000:3b:00.0"; None for a rank without one."""
+    addresses: list[str | None] = []
+    for index in range(ranks):
+        if index < torch.cuda.device_count():
+            gpu = torch.cuda.get_device_properties(index)
+            addresses.append(f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0")  # type: ignore[attr-defined]
+        else:
+            addresses.append(None)
+    return addresses
 
 
 def check_device(ranks: int, precision: str) -> None:
@@ -58,11 +72,16 @@ def hide_gpus() -> None:
 
 
 def init_process_group(device: torch.device) -> None:
-    """Join the ranks that the launcher started: NCCL between GPUs, gloo between CPUs."""
+    """Join the ranks that the launcher started: NCCL between GPUs, gloo between CPUs.
+
+    A rank waits for the others for as long as the launcher says, else torch's ten minutes (gloo: thirty).
+    """
+    seconds = os.environ.get(COLLECTIVE_TIMEOUT)
+    timeout = timedelta(seconds=float(seconds)) if seconds else None
     if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timeout)
 
 
 def new_cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
@@ -99,6 +118,34 @@ class CopyStream:
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()
+
+
+class Stopwatch:
+    """Seconds that a device takes for what is asked of it between `start` and `stop`, without a wait of the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        of_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if of_gpu else None
+        self._began = self._ended = 0.0
+
+    def start(self) -> None:
+        if self._events is None:
+            self._began = time.perf_counter()
+        else:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        if self._events is None:
+            self._ended = time.perf_counter()
+        else:
+            self._events[1].record()
+
+    @property
+    def seconds(self) -> float:
+        """Of the last start and stop. To be read after the host has waited for the device in any case."""
+        if self._events is None:
+            return self._ended - self._began
+        return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
 def prepare_deepspeed() -> None:

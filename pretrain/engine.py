@@ -20,6 +20,7 @@ from model.moe import MoE
 from model.parameters import parameter_shapes
 from pretrain.boxes import Piece
 from pretrain.config import RunConfig
+from pretrain.device import Stopwatch
 from pretrain.parallel_dims import ParallelDims
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +45,7 @@ class Engine(Protocol):
     """Forward, backward, reduction and update, on any layout."""
 
     device: torch.device
+    forward_watch: Stopwatch  # of a step's first forward pass
 
     def train_step(
         self,

@@ -20,7 +20,7 @@ from pretrain import deepspeed_zero
 from pretrain.boxes import Box, Piece, boxes_of_range
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.device import prepare_deepspeed
+from pretrain.device import Stopwatch, prepare_deepspeed
 from pretrain.engine import (
     DTYPES,
     StepStats,
@@ -44,6 +44,7 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, device: torch.device, dims: ParallelDims) -> None:
         self.config, self.device, self.dims = config, device, dims
+        self.forward_watch = Stopwatch(device)
         self.places = placements(config.model, dims)
         deepspeed_logger.setLevel(logging.ERROR)
         prepare_deepspeed()
@@ -89,7 +90,11 @@ class DeepSpeedEngine:
         for index, batch in enumerate(batches):
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             inputs = decoder_inputs(batch, self.device, self.dims)
+            if index == 0:
+                self.forward_watch.start()
             sums = self.engine(**inputs, z_loss=self.config.optimizer.z_loss)
+            if index == 0:
+                self.forward_watch.stop()
             objective = sums.total / valid_tokens + sums.auxiliary / sequences
             # DeepSpeed averages gradients over the ranks with other tokens: times their number, it is the sum.
             self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)

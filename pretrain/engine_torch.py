@@ -16,6 +16,7 @@ from model.decoder import Decoder
 from model.parameters import buffer_shapes
 from pretrain.boxes import Box, Piece
 from pretrain.config import RunConfig
+from pretrain.device import Stopwatch
 from pretrain.engine import DTYPES, StepStats, balance_experts, decoder_inputs, global_valid_tokens
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.replicas import Replica, differing_replicas
@@ -25,7 +26,7 @@ class TorchEngine:
     """Plain torch, every rank holding everything."""
 
     def __init__(self, decoder: Decoder, config: RunConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.forward_watch = config, device, Stopwatch(device)
         self.masters = {name: nn.Parameter(value.detach().clone()) for name, value in decoder.named_parameters()}
         self.decoder = decoder.to(DTYPES[config.precision])
         groups = parameter_groups(self.masters.items(), config.optimizer)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pretrain.device import device_name
+from pretrain.run_dir import read_json
 
 PACKAGES = ("steppe", "torch", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy", "safetensors")
 
@@ -41,6 +42,9 @@ def _version(package: str) -> str | None:
 
 def _git() -> dict[str, Any] | None:
     root = Path(__file__).parent.parent
+    frozen = root.with_name("code.json")  # beside a run's copy of the code, see `launch/cluster/freeze.py`
+    if root.name == "code" and frozen.is_file():
+        return {key: value for key, value in read_json(frozen).items() if key in ("revision", "dirty")}
 
     def ask(*words: str) -> str:
         return subprocess.run(

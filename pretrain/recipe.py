@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pretrain.config import RunConfig
 from pretrain.run_dir import write_durably
 
+Tree = TypeVar("Tree", bound=BaseModel)
 # What may stand in a section but is no field of it.
 ALIASES: dict[str, tuple[str, ...]] = {"model": ("preset",)}
 
@@ -19,15 +20,20 @@ def load_config(path: Path, overrides: list[str] | tuple[str, ...] = ()) -> RunC
 
     Raises ValueError (one line: value, rule, remedy) for anything that is wrong with it.
     """
+    return validated(apply_overrides(read_mapping(path, "recipe", "sections such as model, data and batch"), overrides))
+
+
+def read_mapping(path: Path, kind: str, contents: str) -> dict[str, Any]:
+    """A YAML file that must hold a mapping. `kind` and `contents` say in errors what it should have been."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such recipe") from None
+        raise ValueError(f"{path}: no such {kind}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ValueError(f"{path} is not a recipe: expected a mapping of sections such as model, data and batch")
-    return validated(apply_overrides(tree, overrides))
+        raise ValueError(f"{path} is not a {kind}: expected a mapping of {contents}")
+    return tree
 
 
 def apply_overrides(tree: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
@@ -56,25 +62,32 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def validated(tree: dict[str, Any]) -> RunConfig:
-    """Validate a tree; all of its mistakes on one line each, the first one leading."""
+    """Validate a run's tree; all of its mistakes on one line each, the first one leading."""
+    return validated_as(RunConfig, tree)
+
+
+def validated_as(model: type[Tree], tree: dict[str, Any]) -> Tree:
+    """Validate a tree of any model; all of its mistakes on one line each, the first one leading."""
     try:
-        return RunConfig.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_worded(tree, entry) for entry in error.errors())) from None
+        raise ValueError("; ".join(_worded(model, tree, entry) for entry in error.errors())) from None
 
 
-def _worded(tree: dict[str, Any], entry: Any) -> str:
+def _worded(model: type[BaseModel], tree: dict[str, Any], entry: Any) -> str:
     """One pydantic error as `key=value: rule; remedy`."""
     parts = _named_parts(tree, [str(part) for part in entry["loc"]])
     key = ".".join(parts)
     if entry["type"] == "extra_forbidden":
-        known = _keys_of_section(parts[:-1])
+        known = _keys_of_section(model, parts[:-1])
         near = difflib.get_close_matches(parts[-1], known, n=1) or difflib.get_close_matches(
-            parts[-1], _all_keys(), n=1
+            parts[-1], _all_keys(model), n=1
         )
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {key}: {hint}"
     if entry["type"] == "missing":
+        if model is not RunConfig:
+            return f"{key} is missing: set it"
         by_override = "" if any(part.isdigit() for part in parts) else f" or with --set {key}=VALUE"
         return f"{key} is missing: set it in the recipe{by_override}"
     message = entry["msg"].removeprefix("Value error, ")
@@ -106,15 +119,15 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return next((found for inner in get_args(annotation) if (found := _section(inner))), None)
 
 
-def _keys_of_section(parts: list[str]) -> list[str]:
-    section: type[BaseModel] = RunConfig
+def _keys_of_section(model: type[BaseModel], parts: list[str]) -> list[str]:
+    section = model
     for part in parts:
         field = section.model_fields.get(part)
         section = (_section(field.annotation) if field else None) or section
     return [*section.model_fields, *ALIASES.get(".".join(parts), ())]
 
 
-def _all_keys(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         inner = _section(field.annotation)

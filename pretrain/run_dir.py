@@ -109,6 +109,10 @@ class RunDir:
         """Where a rank that fails says why, for the launcher to read."""
         return self.logs / f"rank_{rank:05d}.error.json"
 
+    def rank_stacks(self, rank: int) -> Path:
+        """Where the stacks of a rank that hangs are written."""
+        return self.logs / f"rank_{rank:05d}.stacks"
+
 
 def write_durably(path: Path, text: str) -> None:
     """Write a small file so that a crash leaves the old one or the new one, whole, and the new one stays.

@@ -18,6 +18,7 @@ from pretrain.checkpoint.load import load_initial_weights, load_newest
 from pretrain.checkpoint.save import CheckpointSaver
 from pretrain.config import RunConfig
 from pretrain.device import new_cpu_group, peak_flops, peak_memory_bytes
+from pretrain.early_warnings import EarlyWarnings
 from pretrain.engine import DTYPES, Engine, Status, agree, build_engine
 from pretrain.health import Health, Rewound
 from pretrain.outcome import EXIT_DONE, EXIT_STOPPED, Outcome, exit_code_of
@@ -28,12 +29,18 @@ from pretrain.schedule import batch_plan, due, finished, learning_rate
 from pretrain.state import TrainState
 from pretrain.stop import StopRequest, Switches
 from pretrain.validation import mean_loss, past_losses, validate
+from pretrain.watchdog import Watchdog
 
 SAVE_PATIENCE = timedelta(days=7)  # a rank that dies is noticed at once, one whose disk is slow may take its time
 
 
 def train(
-    run_dir: RunDir, config: RunConfig, device: torch.device, stop: StopRequest, stop_after: int | None
+    run_dir: RunDir,
+    config: RunConfig,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    stop_after: int | None,
 ) -> Outcome:
     """Train from the newest checkpoint, or from the seed, until the schedule ends, `stop_after` steps are made, some
     rank is asked to stop, or some rank cannot go on. Collective; the outcome is the same on every rank.
@@ -45,6 +52,7 @@ def train(
     host_group = new_cpu_group() if dims.layout.world > 1 else None
     save_group = new_cpu_group(SAVE_PATIENCE) if dims.layout.world > 1 else None
     engine = build_engine(config, device, dims)
+    watchdog.beat(0, "loading")
     state, origin = restore(run_dir, config, engine, host_group)
     if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
         return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already; {origin}")
@@ -62,12 +70,14 @@ def train(
         )
         opened.enter_context(closing(saver))
         health, switches = Health(config, engine), Switches(run_dir, dims.rank)
+        warnings = EarlyWarnings(run_dir, config, dims.rank, host_group, recorder)
         stop.begin()
         if config.health.spike_zscore and state.step == 0:
             saver.start(state)  # something to go back to
 
         outcome = missing_data(loader, state.step, host_group)
         while outcome is None:
+            watchdog.beat(state.step + 1, "step")
             meter.begin()
             lr = learning_rate(config, state.step, state.tokens)
             skip = state.step + 1 in config.skips.updates
@@ -80,9 +90,11 @@ def train(
             sequences = sum(len(batch.tokens) for batch in batches) * dims.data_world
             state.advance(sequences, config.data.sequence_length)
             meter.record(state, status, lr, sequences, skipped=skip or not status.finite)
+            warnings.after_step(state.step, engine.forward_watch.seconds)
             saver.poll()
 
             if (zscore := health.zscore(state, status)) is not None:
+                watchdog.beat(state.step, "going back")
                 saver.close()
                 rewound = health.go_back(run_dir.checkpoints, state, host_group)
                 if isinstance(rewound, Rewound):
@@ -98,14 +110,17 @@ def train(
             if outcome is None and status.failed:
                 outcome = missing_data(loader, state.step, host_group)
             if sound and (outcome is not None or status.save or due(config.checkpoint.every_steps, state.step)):
+                watchdog.beat(state.step, "saving")
                 saver.start(state)
                 switches.done()
             hurried = outcome is not None and outcome.status != "done"
             if sound and not hurried and due(config.evaluation.every_steps, state.step):
+                watchdog.beat(state.step, "validation")
                 by_source = validate(engine, config, device, dims, host_group)
                 losses[state.step] = mean_loss(by_source)
                 recorder.validation(state.step, state.tokens, by_source)
         if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save
+            watchdog.beat(state.step, "saving")
             saver.wait()
         recorder.event("end", step=state.step, status=outcome.status, message=outcome.message)
         return outcome

@@ -9,9 +9,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from pretrain.outcome import exit_code_of
+from pretrain.config import RunConfig
+from pretrain.rank_error import write_rank_error
+from pretrain.recipe import load_config
 from pretrain.run_dir import RunDir, event_line, open_events, write_json
 from pretrain.stop import StopRequest
+from pretrain.watchdog import Watchdog
 
 
 def main() -> None:
@@ -24,28 +27,34 @@ def main() -> None:
     run_dir, rank = RunDir(args.run_dir), int(os.environ["RANK"])
     divert_output(run_dir.rank_log(rank), streams=(1, 2) if rank else (1,))
     try:
-        run(run_dir, rank, stop, args.stop_after)
+        config = load_config(run_dir.config_path)
+        watchdog = Watchdog(run_dir, rank, config.health.hang_seconds)
+        run(run_dir, config, rank, stop, watchdog, args.stop_after)
     except Exception as error:
         # No barrier here: the other ranks may be in the middle of something, and the launcher ends them.
         with open(run_dir.rank_log(rank), "a", encoding="utf-8") as log:
             traceback.print_exc(file=log)
-        reason = {"exit_code": exit_code_of(error), "type": type(error).__name__, "message": str(error)}
-        write_json(run_dir.rank_error(rank), reason)
+        write_rank_error(run_dir, rank, error)
         sys.exit(1)
 
 
-def run(run_dir: RunDir, rank: int, stop: StopRequest, stop_after: int | None) -> None:
+def run(
+    run_dir: RunDir, config: RunConfig, rank: int, stop: StopRequest, watchdog: Watchdog, stop_after: int | None
+) -> None:
     """What a rank does when nothing goes wrong."""
     import torch.distributed as dist
 
-    from pretrain.device import detect, init_process_group
+    from pretrain.affinity import BIND, bind
+    from pretrain.device import detect, gpu_addresses, init_process_group
     from pretrain.environment import describe_environment
-    from pretrain.recipe import load_config
     from pretrain.train import train
 
     # Each group of ranks takes open files, and so does loading; the usual limit of 1,024 is soft.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     device = detect()
+    if BIND in os.environ:
+        local_rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+        print(f"bound to cores {bind(local_rank, ranks, gpu_addresses(ranks))}", flush=True)
     init_process_group(device)
     # Held by every rank until its process is gone, and so longer than the launcher's own, should that be killed.
     lock = open(run_dir.ranks_lock_path, "w", encoding="utf-8")  # noqa: SIM115
@@ -55,7 +64,8 @@ def run(run_dir: RunDir, rank: int, stop: StopRequest, stop_after: int | None) -
         write_json(run_dir.environment_path, environment)
         with open_events(run_dir) as events:
             events.write(event_line("environment", environment))
-    outcome = train(run_dir, load_config(run_dir.config_path), device, stop, stop_after)
+    outcome = train(run_dir, config, device, stop, watchdog, stop_after)
+    watchdog.beat(outcome.step, "ending")
     dist.barrier()
     if rank == 0:
         outcome.write(run_dir)

@@ -7,6 +7,7 @@ has the faults strike at the write points of the run's saves and then is `pretra
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -28,14 +29,17 @@ SECONDS = 60  # that a disk is slow at the most
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a rank before a write point whose name matches `point`, a regular expression.
+    """What befalls a rank before a write point, after a beat of its watchdog such as `step 5`, or in a step's first
+    `forward` pass; `point` is a regular expression that its name matches.
 
     kill: this rank. kill all: every rank at once. fail: the disk says EIO. slow: it takes until `step` is made.
+    stop: SIGSTOP. sleep: for ever, in Python. hold: for ever, in C and with the interpreter's lock held.
+    uninterruptible: for ever, in the kernel, in state D. drag: it takes a moment longer.
     """
 
     rank: int
     point: str
-    what: Literal["kill", "kill all", "fail", "slow"]
+    what: Literal["kill", "kill all", "fail", "slow", "stop", "sleep", "hold", "uninterruptible", "drag"]
     step: int = 0
 
 
@@ -76,6 +80,7 @@ def launcher() -> None:
 def rank() -> None:
     """A rank, with its faults."""
     from pretrain import worker
+    from pretrain.watchdog import Watchdog
 
     run = RunDir(Path(sys.argv[1]))
     faults = [Fault(**fault) for fault in json.loads(os.environ[FAULTS])]
@@ -85,8 +90,30 @@ def rank() -> None:
             if fault.rank == int(os.environ["RANK"]) and re.fullmatch(fault.point, point):
                 befall(fault, run)
 
+    beat = Watchdog.beat
+
+    def beat_and_strike(watchdog: Watchdog, step: int, phase: str) -> None:
+        beat(watchdog, step, phase)
+        if phase == "loading":
+            strike_in_forward(strike)
+        strike(f"{phase} {step}")
+
+    Watchdog.beat = beat_and_strike
     with disk.watched(run.checkpoints, strike):
         worker.main()
+
+
+def strike_in_forward(strike: disk.Strike) -> None:
+    """Within what a rank times of its own. Only once it has imported torch: no rank begins with that."""
+    from pretrain.device import Stopwatch
+
+    start = Stopwatch.start
+
+    def start_and_strike(watch: Stopwatch) -> None:
+        start(watch)
+        strike("forward")
+
+    Stopwatch.start = start_and_strike
 
 
 def befall(fault: Fault, run: RunDir) -> None:
@@ -95,11 +122,28 @@ def befall(fault: Fault, run: RunDir) -> None:
         deadline = time.monotonic() + SECONDS
         while read_events(run.events_path, "step")[-1]["step"] < fault.step and time.monotonic() < deadline:
             time.sleep(0.02)
+    elif fault.what == "drag":
+        time.sleep(0.2)
     elif fault.what == "fail":
         disk.fail()
+    elif fault.what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif fault.what == "sleep":
+        while True:
+            time.sleep(1)
+    elif fault.what == "hold":
+        re.match(r"(a+)+$", "a" * 60 + "b")  # twice as long for each a
+    elif fault.what == "uninterruptible":
+        block_in_kernel(run.path / "fifo")
     else:
         peers = [process.pid for process in psutil.Process(os.getppid()).children()]
         disk.kill([os.getpid()] if fault.what == "kill" else peers)
+
+
+def block_in_kernel(fifo: Path) -> None:
+    """Wait for a new process to begin, which waits for someone to write into a pipe."""
+    os.mkfifo(fifo)
+    os.posix_spawn("/bin/true", ["true"], {}, file_actions=[(os.POSIX_SPAWN_OPEN, 0, str(fifo), os.O_RDONLY, 0)])
 
 
 if __name__ == "__main__":

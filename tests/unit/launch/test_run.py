@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ from launch.run_folder import locked, recipe_path
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import read_index
 from pretrain.config import RunConfig
+from pretrain.hang import HANG, Report
 from pretrain.outcome import Outcome, exit_code_of
 from pretrain.recipe import load_config, validated
-from pretrain.run_dir import RunDir, event_line, read_json
+from pretrain.run_dir import RunDir, event_line, read_json, write_json
 from tests.tiny_run import write_run
 
 
@@ -66,6 +68,37 @@ def test_a_crash_names_its_log(run: RunDir) -> None:
     rank_said(run, 3, "ZeroDivisionError", "division by zero", 1)
     message = failure(run, RanksError(3, None)).message
     assert message == f"ZeroDivisionError: division by zero (traceback in {run.rank_log(3)})"
+
+
+def hang_said(run: RunDir, rank: int, report: Report) -> None:
+    """What the watchdog of a rank writes."""
+    write_json(run.rank_error(rank), {"exit_code": 1, "type": HANG, "message": str(report), **asdict(report)})
+
+
+def test_a_hang_is_told_by_who_is_late_and_not_by_what_ended_it(run: RunDir) -> None:
+    """Every rank ends by SIGKILL then; one may have seen the others go before."""
+    waits = Report("n1", 7, "step", "S", 20.0, 3, "all_reduce", "agree (pretrain/engine.py:108)")
+    hang_said(run, 0, waits)
+    hang_said(run, 2, replace(waits, host="n2", waiting=None, call="train_step (pretrain/engine_deepspeed.py:104)"))
+    rank_said(run, 1, "RuntimeError", "connection closed by peer", 1)
+    outcome = failure(run, RanksError(0, "SIGKILL"))
+    assert outcome.exit_code == 1
+    assert outcome.message == (
+        "no step was made for 20 s: rank 2 on n2 is late, at step 7 (step), in train_step "
+        "(pretrain/engine_deepspeed.py:104); the others wait for it in all_reduce; "
+        f"stacks in {run.logs}/rank_*.stacks; go on with: steppe resume {run.path}"
+    )
+
+
+def test_an_error_leads_those_who_waited_for_its_rank(run: RunDir) -> None:
+    hang_said(run, 0, Report("n1", 7, "step", "S", 20.0, 2, "all_reduce", None))
+    rank_said(run, 1, "ZeroDivisionError", "division by zero", 1)
+    assert failure(run, RanksError(0, "SIGKILL")).message.startswith("ZeroDivisionError: division by zero")
+
+
+def test_a_rank_that_is_killed_without_a_word_may_have_run_out_of_memory(run: RunDir) -> None:
+    assert "when memory runs out" in failure(run, RanksError(1, "SIGKILL")).message
+    assert "memory" not in failure(run, RanksError(1, "SIGSEGV")).message
 
 
 def test_ranks_that_said_nothing(run: RunDir) -> None:

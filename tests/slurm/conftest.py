@@ -1,0 +1,68 @@
+"""A virtual cluster for the tests of this folder, skipped with the reason where none can be started.
+
+STEPPE_REQUIRE_SLURM=1, which CI sets, makes such a skip a failure.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Corpus, Steppe
+from tests.slurm.cluster import Cluster, why_not
+
+NODES = 4
+STEPS = 40
+REQUIRED = "STEPPE_REQUIRE_SLURM"
+
+
+@pytest.fixture(scope="session")
+def started_cluster() -> Iterator[Cluster]:
+    """Four nodes with one GPU each, in name only."""
+    reason = why_not()
+    if reason is not None and os.environ.get(REQUIRED) == "1":
+        pytest.fail(f"{REQUIRED}=1, but {reason}")
+    if reason is not None:
+        pytest.skip(reason)
+    with Cluster(NODES) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(started_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster with all its nodes and no jobs, whatever the test before has done to it."""
+    yield started_cluster
+    started_cluster.restore()
+
+
+@pytest.fixture(scope="session")
+def settings(corpus: Corpus) -> list[str]:
+    """`--set` words of the run that faults befall: 40 steps, saved every fifth, on 2 nodes of one rank each."""
+    return corpus.settings(
+        f"schedule={{warmup_steps: 2, total_steps: {STEPS}}}",
+        "checkpoint={every_steps: 5, keep: 2}",
+        "evaluation.every_steps=0",
+        "health={hang_seconds: 60, replica_check_every_steps: 10}",
+    )
+
+
+Reference = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def reference(steppe: Steppe, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The run that nothing befalls, but which leaves out from its start what it is told to; made once for each.
+
+    It needs no cluster: the same number of ranks is the same arithmetic.
+    """
+    made: dict[tuple[str, ...], Path] = {}
+
+    def run(*skips: str) -> Path:
+        if skips not in made:
+            made[skips] = tmp_path_factory.mktemp("reference") / "run"
+            words = [word for skip in skips for word in ("--set", skip)]
+            steppe("train", "58m", "--nproc", 2, "--run-dir", made[skips], *settings, *words)
+        return made[skips]
+
+    return run

@@ -1,0 +1,98 @@
+"""The supervisor, as far as it goes without ranks: those run in tests/slurm."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.cluster.job import PORTS, free_port, is_done
+from launch.cluster.profile import ClusterProfile
+from launch.cluster.record import JobRecord, append_attempt, read_attempts
+from launch.run_folder import locked
+from pretrain.outcome import Outcome
+from pretrain.run_dir import RunDir
+from tests.slurm.cluster import Cluster
+
+IN_A_JOB = {
+    "SLURM_JOB_ID": "12",
+    "SLURM_JOB_NODELIST": "n1",
+    "SLURMD_NODENAME": "n1",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run that was submitted, but for its config, which is another now."""
+    run = RunDir(tmp_path)
+    run.logs.mkdir()
+    run.config_path.write_text("name: changed\n")
+    JobRecord(
+        cluster="virtual",
+        profile=ClusterProfile(),
+        nodes=1,
+        gpus_per_node=0,
+        ranks_per_node=1,
+        signal_lead_seconds=60,
+    ).write(run)
+    append_attempt(run, "submitted", job_id="12", nodes=1, ranks=1, cluster="virtual", config="0" * 16, why="submit")
+    return run
+
+
+def supervise(run: RunDir) -> "subprocess.CompletedProcess[str]":
+    words = [sys.executable, "-P", "-m", "launch.cluster.job", str(run.path)]
+    environment = {**os.environ, **IN_A_JOB}
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment)
+
+
+def test_a_config_that_was_changed_is_refused_for_good(slurm_here: Cluster, run: RunDir) -> None:
+    done = supervise(run)
+    assert done.returncode == 2, done.stderr
+    assert "config.yaml was changed since it was submitted" in done.stderr
+    (end,) = read_attempts(run, "attempt_end")
+    assert (end["action"], end["outcome"]["exit_code"]) == ("stop", 2)
+    assert Outcome.read(run).exit_code == 2
+    assert [line["type"] for line in read_attempts(run)] == ["submitted", "attempt", "attempt_end"]
+
+
+def test_a_run_that_is_complete_is_left_alone(run: RunDir) -> None:
+    append_attempt(run, "attempt_end", job_id="12", action="done")
+    done = supervise(run)
+    assert (done.returncode, done.stderr) == (0, "the run is complete\n")
+
+
+@pytest.mark.usefixtures("slurm_here")
+def test_one_attempt_at_a_time(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.cluster import job
+    from launch.cluster.signals import Told
+    from launch.run_folder import LockedError
+
+    monkeypatch.setattr(job, "LOCK_PATIENCE_SECONDS", 0.0)
+    with locked(run), pytest.raises(LockedError, match="is being trained in by another process"):
+        job.supervise(run, Told())
+    assert not read_attempts(run, "attempt")
+
+
+def test_a_folder_that_was_not_submitted(tmp_path: Path) -> None:
+    done = supervise(RunDir(tmp_path))
+    assert done.returncode == 2
+    assert "was not submitted to a cluster" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_is_complete_for_the_job_that_completed_it(run: RunDir) -> None:
+    append_attempt(run, "attempt_end", job_id="12", action="requeue")
+    assert not is_done(run, "12")
+    append_attempt(run, "attempt_end", job_id="12", action="done")
+    assert is_done(run, "12")
+    assert not is_done(run, "13"), "it was submitted again, for longer"
+
+
+def test_a_port_that_is_free() -> None:
+    port = free_port()
+    assert port in PORTS
+    with socket.socket() as server:
+        server.bind(("", port))
+        assert all(free_port() != port for _ in range(20))
