@@ -76,7 +76,8 @@ class Change:
     data: dict[str, Any]
 
     def make(self) -> None:
-        """Write it into the run's folder, on record. The run must be `locked`."""
+        """Write it into the run's folder, on record, and forget that it was to stop. The run must be `locked`."""
+        self.run.stop_path.unlink(missing_ok=True)
         for key, (before, after) in self.differences.items():
             print(f"{key}: {before} becomes {after}", file=sys.stderr)
         if self.differences:

@@ -33,7 +33,7 @@ class Recorder(Protocol):
     def step(self, **event: Any) -> None:
         """One optimizer step."""
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
+    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None:
         """Losses on held-out sources."""
 
     def saved(self, saved: Saved) -> None:
@@ -54,7 +54,7 @@ class SilentRecorder:
 
     def step(self, **event: Any) -> None: ...
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None: ...
+    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None: ...
 
     def saved(self, saved: Saved) -> None: ...
 
@@ -89,8 +89,8 @@ class RunRecorder:
             self.tensorboard.add_scalar(name, event[key], step)
         self.progress.step(event)
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float]) -> None:
-        self._write("evaluation", {"step": step, "tokens": tokens, "losses": losses})
+    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None:
+        self._write("evaluation", {"step": step, "tokens": tokens, "losses": losses, "seconds": seconds})
         for source, loss in losses.items():
             self.tensorboard.add_scalar(f"validation/{source}_loss_nats_per_token", loss, step)
         self.progress.say(

@@ -17,8 +17,8 @@ class RunDir:
     environment.json  versions, git revision, host, devices
     data.json         fingerprints of the tokenizer and of each source's manifest
     tokenizer.model   a copy, so that the run can be evaluated when its data is gone
-    events.jsonl      one JSON object a line: environment, start, peak, stage, step, evaluation, checkpoint,
-                      checkpoint_failed, expert_load, resume, end
+    events.jsonl      one JSON object a line: environment, start, peak, stage, left_out, step, evaluation, checkpoint,
+                      checkpoint_failed, expert_load, rewind, straggler, disk_low, resume, end
     outcome.json      how the last attempt ended; absent while it runs
     stop, save        made by a person: checkpoint and end, or checkpoint now; removed by the run when it has done so
     checkpoints/  tensorboard/  logs/

@@ -116,9 +116,10 @@ def train(
             hurried = outcome is not None and outcome.status != "done"
             if sound and not hurried and due(config.evaluation.every_steps, state.step):
                 watchdog.beat(state.step, "validation")
+                began = time.perf_counter()
                 by_source = validate(engine, config, device, dims, host_group)
                 losses[state.step] = mean_loss(by_source)
-                recorder.validation(state.step, state.tokens, by_source)
+                recorder.validation(state.step, state.tokens, by_source, time.perf_counter() - began)
         if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save
             watchdog.beat(state.step, "saving")
             saver.wait()

@@ -24,7 +24,7 @@ UNREACHED = (
 )
 
 
-class SlurmError(Exception):
+class SlurmError(OSError):
     """A call of Slurm's failed or took too long: one line. A retry may help."""
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pretrain.run_dir import RunDir
+
 if TYPE_CHECKING:
     from pretrain.outcome import Outcome
 
@@ -55,8 +57,32 @@ def resume(
     overrides: Overrides = [],  # noqa: B006
     allow: Annotated[list[str], typer.Option(metavar="KEY", help="Change a key that a resume refuses.")] = [],  # noqa: B006
     stop_after: StopAfter = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="By a job on this cluster [default: as submitted].")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes of the job [default: as before].")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of each [default: as before].")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of the job [default: as before].")
+    ] = None,
+    chain: Annotated[int | None, typer.Option(help="Queue this many jobs that follow one another.")] = None,
 ) -> None:
-    """Go on with a run from its newest checkpoint."""
+    """Go on with a run from its newest checkpoint: here, or by a job if it was submitted to a cluster."""
+    of_a_job = {"--cluster": cluster, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--time": time}
+    of_a_job |= {"--chain": chain}
+    here = {"--nproc": nproc, "--stop-after": stop_after}
+    job = next((flag for flag, value in of_a_job.items() if value is not None), None)
+    local = next((flag for flag, value in here.items() if value is not None), None)
+    if job is not None and local is not None:
+        raise ValueError(f"{local} trains on this machine, {job} by a job: leave one of them out")
+    if job is not None or (local is None and RunDir(run_dir).job_path.is_file()):
+        from launch.cluster.resume import Again
+        from launch.cluster.resume import resume as queue
+        from launch.commands.submit import report as report_job
+
+        record = queue(run_dir, overrides, allow, Again(cluster, nodes, gpus_per_node, time, chain))
+        report_job({"job_id": record.job_id}, record, run_dir, as_json=False)
+        return
     from launch.run import resume as go_on
 
     report(go_on(run_dir, overrides, allow, nproc, stop_after), run_dir)

@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("launch", "pretrain", "model", "data_pipeline")
+PACKAGES = ("launch", "pretrain", "model", "data_pipeline", "slurm")
+PACKED = (".py", ".yaml", ".j2", ".css", ".md")
 
 
 def test_a_wheel_stands_alone(tmp_path: Path) -> None:
@@ -30,7 +31,7 @@ def test_a_wheel_stands_alone(tmp_path: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in PACKED
     }
     assert packed == here
     installed = tmp_path / "installed"
@@ -47,4 +48,4 @@ def test_a_wheel_stands_alone(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    assert done.stdout.split() == [str(installed / "launch" / "run.py"), "70b"]
+    assert done.stdout.split() == [str(installed / "launch" / "run_folder.py"), "70b"]

@@ -28,7 +28,7 @@ STEP = {
 def test_events_keep_every_digit_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
     recorder.step(step=1, **STEP)
-    recorder.validation(1, 4096, {"a": 2.5})
+    recorder.validation(1, 4096, {"a": 2.5}, 0.1)
     recorder.close()
     with open(tmp_path / "events.jsonl", "a") as events:
         events.write(event_line("step", {**STEP, "step": 2})[:50])

@@ -34,7 +34,7 @@ watchdog = Watchdog(run, 3, float(sys.argv[2]))
 print(watchdog.process, flush=True)
 while not (run.path / "hang").exists():
     watchdog.beat(7, "step")
-    time.sleep(0.01)
+    time.sleep(0.4)
 
 def train_step():
     HOW
@@ -143,10 +143,13 @@ def test_a_start_has_its_time(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_that_is_suspended_does_not_hang(tmp_path: Path) -> None:
-    """Slurm suspends a job by SIGSTOP to all of its processes."""
-    with rank(tmp_path / "run", "end") as (process, _):
+    """Slurm suspends a job by SIGSTOP to all of its processes. The watchdog may be the first that goes on."""
+    with rank(tmp_path / "run", "end") as (process, watchdog):
+        time.sleep(HANG_SECONDS)  # its start is over
         os.killpg(process.pid, signal.SIGSTOP)
         time.sleep(3 * HANG_SECONDS)
+        os.kill(watchdog, signal.SIGCONT)
+        time.sleep(0.3 * HANG_SECONDS)
         os.killpg(process.pid, signal.SIGCONT)
         time.sleep(1.5 * HANG_SECONDS)
         assert process.poll() is None
