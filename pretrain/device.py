@@ -76,12 +76,17 @@ def init_process_group(device: torch.device) -> None:
 
     A rank waits for the others for as long as the launcher says, else torch's ten minutes (gloo: thirty).
     """
-    seconds = os.environ.get(COLLECTIVE_TIMEOUT)
-    timeout = timedelta(seconds=float(seconds)) if seconds else None
+    timeout = collective_timeout()
     if device.type == "cuda":
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+
+
+def collective_timeout() -> timedelta | None:
+    """How long the launcher says that a rank waits for the others, for each group that is made; None: torch's own."""
+    seconds = os.environ.get(COLLECTIVE_TIMEOUT)
+    return timedelta(seconds=float(seconds)) if seconds else None
 
 
 def new_cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.config import RunConfig
+from pretrain.device import collective_timeout
 from pretrain.layout import AXES, Axis, Layout
 
 
@@ -39,7 +40,7 @@ class ParallelDims:
         for axis in AXES:
             ranks = layout.group_of(rank, axis)
             if ranks not in made:  # equal ranges are equal groups; only the members take part in making one
-                made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+                made[ranks] = dist.new_group(list(ranks), collective_timeout(), use_local_synchronization=True)
         return cls(layout, rank, {axis: made[layout.group_of(rank, axis)] for axis in AXES})
 
     def all_reduce(self, tensor: Tensor, axis: Axis) -> None:

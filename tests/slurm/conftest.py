@@ -43,7 +43,7 @@ def settings(corpus: Corpus) -> list[str]:
         f"schedule={{warmup_steps: 2, total_steps: {STEPS}}}",
         "checkpoint={every_steps: 5, keep: 2}",
         "evaluation.every_steps=0",
-        "health={hang_seconds: 60, replica_check_every_steps: 10}",
+        "health={hang_seconds: 30, replica_check_every_steps: 10}",
     )
 
 

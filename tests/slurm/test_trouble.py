@@ -86,7 +86,7 @@ def test_a_node_with_another_torch(cluster: Cluster, reference: Reference, setti
     other.write_text(metadata.read_text().replace("\nVersion: 2.", "\nVersion: 1.", 1))
     cluster.mount_on_node(2, "--bind", other, metadata)
     run = ClusterRun(cluster, tmp_path)
-    run.submit("58m", "--nodes", 3, *settings, "--set", "batch.global_batch_size=9")
+    run.submit("58m", "--nodes", 3, *settings, "--set", "batch={global_batch_size: 9, micro_batch_size: 3}")
     (reason,) = run.wait_for_attempts(1, "preflight")["bad"].items()
     assert reason[0] == "n2"
     assert "torch" in reason[1]

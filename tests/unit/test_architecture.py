@@ -62,6 +62,10 @@ def test_init_files_are_empty() -> None:
     [
         "launch.cli",
         "launch.run",
+        "launch.cluster.submit",
+        "launch.cluster.resume",
+        "launch.cluster.status",
+        "launch.cluster.job",
         "launch.plan",
         "pretrain.config",
         "pretrain.recipe",
