@@ -74,7 +74,7 @@ def hide_gpus() -> None:
 def init_process_group(device: torch.device) -> None:
     """Join the ranks that the launcher started: NCCL between GPUs, gloo between CPUs.
 
-    A rank waits for the others for as long as the launcher says, else torch's ten minutes (gloo: thirty).
+    A rank waits for the others for as long as `collective_timeout` says.
     """
     timeout = collective_timeout()
     if device.type == "cuda":
@@ -84,7 +84,8 @@ def init_process_group(device: torch.device) -> None:
 
 
 def collective_timeout() -> timedelta | None:
-    """How long the launcher says that a rank waits for the others, for each group that is made; None: torch's own."""
+    """How long a rank waits for the others, in each group that is made: as the launcher says, or the rank itself; None:
+    torch's ten minutes (gloo: thirty)."""
     seconds = os.environ.get(COLLECTIVE_TIMEOUT)
     return timedelta(seconds=float(seconds)) if seconds else None
 
@@ -92,9 +93,9 @@ def collective_timeout() -> timedelta | None:
 def new_cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup:
     """A group of all ranks for objects on the host (checkpoint plans, verdicts), whatever the device.
 
-    timeout: how long a rank waits for another, by default gloo's half an hour; after that the group is dead for good.
+    timeout: how long a rank waits for another, by default as in any group; after that the group is dead for good.
     """
-    return dist.new_group(backend="gloo", timeout=timeout)
+    return dist.new_group(backend="gloo", timeout=timeout or collective_timeout())
 
 
 class CopyStream:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,9 +116,8 @@ def train(
                 switches.done()
             hurried = outcome is not None and outcome.status != "done"
             if sound and not hurried and due(config.evaluation.every_steps, state.step):
-                watchdog.beat(state.step, "validation")
-                began = time.perf_counter()
-                by_source = validate(engine, config, device, dims, host_group)
+                began, beat = time.perf_counter(), partial(watchdog.beat, state.step, "validation")
+                by_source = validate(engine, config, device, dims, host_group, beat)
                 losses[state.step] = mean_loss(by_source)
                 recorder.validation(state.step, state.tokens, by_source, time.perf_counter() - began)
         if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save

@@ -1,6 +1,7 @@
 """Validation in the loop: the loss on windows of held-out sources, all ranks together, training state untouched."""
 
 import statistics
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -16,9 +17,16 @@ from pretrain.run_dir import RunDir, read_events
 
 
 def validate(
-    engine: Engine, config: RunConfig, device: torch.device, dims: ParallelDims, group: dist.ProcessGroup | None
+    engine: Engine,
+    config: RunConfig,
+    device: torch.device,
+    dims: ParallelDims,
+    group: dist.ProcessGroup | None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean of -log p, nats a token, per source. Every rank makes equally many forwards, so none can hang another.
+
+    beat: called before each of them.
 
     Raises ValueError on every rank if any cannot read its share.
     """
@@ -26,6 +34,7 @@ def validate(
     for source in config.evaluation.sources:
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, targets
         for batch in read_together(source, config, dims, group):
+            beat()
             sums[0] += engine.validation_nll(batch)
             sums[1] += batch.valid_tokens / config.parallel.ranks_per_sample  # which are all given this batch
         if dist.is_initialized():

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 def test_no_progress_ends_a_run(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     """A crash that comes every time, before there is a checkpoint: the run is given up after two attempts."""
     always = Fault("raise", first=3, last=3, rank=1)
-    run = ClusterRun(cluster, tmp_path, [always], max_restarts_without_progress=2)
+    run = ClusterRun(cluster, tmp_path, [always], max_restarts_without_progress=2, preflight={"seconds": 0})
     run.submit("58m", "--nodes", 2, *settings)
     run.wait_for_end("FAILED")
     ends = run.attempts("attempt_end")
@@ -31,7 +31,7 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
 ) -> None:
     """On ranks that torch's launcher has started."""
     killed, cancelled = hold(8), hold(13)
-    run = ClusterRun(cluster, tmp_path, [killed, cancelled], launcher="torchrun")
+    run = ClusterRun(cluster, tmp_path, [killed, cancelled], launcher="torchrun", preflight={"seconds": 0})
     run.submit("58m", "--nodes", 2, *settings)
 
     # An edit of the frozen config is found by the next attempt, which nobody wanted to be another run.
