@@ -1,11 +1,11 @@
 """What a run says about itself, from one rank: events.jsonl at full precision, TensorBoard, and lines for a person."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpoint.save import Saved
-from pretrain.health import Rewound
 from pretrain.progress import StepProgress
 from pretrain.run_dir import RunDir, event_line, open_events
 
@@ -39,8 +39,8 @@ class Recorder(Protocol):
     def saved(self, saved: Saved) -> None:
         """A checkpoint that is committed, or has failed."""
 
-    def rewound(self, rewound: Rewound, zscore: float) -> None:
-        """A spike was undone."""
+    def rewound(self, step: int, to_step: int, checkpoint: Path, left_out: tuple[int, int], zscore: float) -> None:
+        """The loss of a step was a spike, so the run has gone back, and leaves out a range of samples."""
 
     def event(self, kind: str, say: str = "", **event: Any) -> None:
         """Anything else; `say` is the line for a person."""
@@ -58,7 +58,7 @@ class SilentRecorder:
 
     def saved(self, saved: Saved) -> None: ...
 
-    def rewound(self, rewound: Rewound, zscore: float) -> None: ...
+    def rewound(self, step: int, to_step: int, checkpoint: Path, left_out: tuple[int, int], zscore: float) -> None: ...
 
     def event(self, kind: str, say: str = "", **event: Any) -> None: ...
 
@@ -109,21 +109,13 @@ class RunRecorder:
         for key, value in times.items():
             self.tensorboard.add_scalar(f"checkpoint/{key}", value, saved.step)
 
-    def rewound(self, rewound: Rewound, zscore: float) -> None:
-        to_step, (start, end) = rewound.state.step, rewound.left_out
+    def rewound(self, step: int, to_step: int, checkpoint: Path, left_out: tuple[int, int], zscore: float) -> None:
         say = (
-            f"step {rewound.spiked_step}: the loss has spiked ({zscore:.1f} robust standard deviations); goes back to "
-            f"{rewound.checkpoint} and leaves out samples {start} to {end}"
+            f"step {step}: the loss has spiked ({zscore:.1f} robust standard deviations); goes back to {checkpoint} "
+            f"and leaves out samples {left_out[0]} to {left_out[1] - 1}"
         )
-        self.event(
-            "rewind",
-            say,
-            step=rewound.spiked_step,
-            to_step=to_step,
-            checkpoint=str(rewound.checkpoint),
-            left_out=[start, end],
-            zscore=zscore,
-        )
+        where = {"step": step, "to_step": to_step, "checkpoint": str(checkpoint), "left_out": list(left_out)}
+        self.event("rewind", say, **where, zscore=zscore)
         self.tensorboard.close()
         self.tensorboard = SummaryWriter(str(self.run_dir.tensorboard), purge_step=to_step + 1)
 

@@ -18,6 +18,7 @@ class TrainState:
     stages    mixtures and the positions at which they begin; the sample order's only other argument
     left_out  ranges [start, end) of positions that are never read
     losses    of the last steps, by which a spike is told (`pretrain/health.py`); empty where none is looked for
+    skipped   steps in a row, this one last, whose gradient was not finite
 
     There is no random state: after initialisation, which is a function of the seed, training draws no random number.
     """
@@ -28,6 +29,7 @@ class TrainState:
     stages: list[Stage] = field(default_factory=list)
     left_out: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -38,6 +40,7 @@ class TrainState:
             "stages": [{"start": stage.start, "weights": stage.weights} for stage in self.stages],
             "left_out": [list(pair) for pair in self.left_out],
             "losses": list(self.losses),
+            "skipped": self.skipped,
         }
 
     @classmethod

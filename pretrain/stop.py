@@ -50,7 +50,8 @@ class Switches:
     EVERY_SECONDS = 2.0  # a network file system has better to do than to be asked at each step
 
     def __init__(self, run_dir: RunDir, rank: int) -> None:
-        self._paths = [run_dir.stop_path, run_dir.save_path] if rank == 0 else []
+        self._stop, self._save = run_dir.stop_path, run_dir.save_path
+        self._paths = [self._stop, self._save] if rank == 0 else []
         self._next_look = 0.0
         self._seen: list[Path] = []
 
@@ -59,11 +60,11 @@ class Switches:
         if self._paths and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.EVERY_SECONDS
             self._seen = [path for path in self._paths if path.exists()]
-        names = {path.name for path in self._seen}
-        return "stop" in names, "save" in names
+        return self._stop in self._seen, self._save in self._seen
 
-    def done(self) -> None:
-        """What was asked for is under way, for good: the files go, and are not seen again."""
+    def saving(self) -> None:
+        """A checkpoint is under way: the wish for one is met. `stop` stays: whoever starts ranks again heeds it."""
         for path in self._seen:
-            path.unlink(missing_ok=True)
-        self._seen = []
+            if path == self._save:
+                path.unlink(missing_ok=True)
+        self._seen = [path for path in self._seen if path != self._save]

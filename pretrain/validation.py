@@ -61,6 +61,12 @@ def past_losses(run_dir: RunDir, until_step: int | None = None) -> dict[int, flo
     return {event["step"]: mean_loss(event["losses"]) for event in known}
 
 
+def forget_after(losses: dict[int, float], step: int) -> None:
+    """Of a run that has gone back to this step: what came after it is no measure of a checkpoint."""
+    for later in [known for known in losses if known > step]:
+        del losses[later]
+
+
 def read_together(
     source: SourceConfig, config: RunConfig, dims: ParallelDims, group: dist.ProcessGroup | None
 ) -> list[Batch]:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
@@ -15,8 +14,6 @@ from pretrain.watchdog_process import BEAT, DUMP_SIGNAL, Watched
 
 # What a launcher, a scheduler or a terminal sends to all of a job's processes. The watchdog's life is its rank's.
 FOR_THE_RANK = {signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
-
-
 # What a rank has at the least until its first step is made: to import, load, and compile.
 START_SECONDS = 1800.0
 
@@ -33,7 +30,7 @@ class Watchdog:
     def __init__(self, run_dir: RunDir, rank: int, hang_seconds: float) -> None:
         self._beats = self._steps = 0
         self._hang_seconds = hang_seconds
-        self._file = tempfile.TemporaryFile(prefix="steppe-beats-")  # noqa: SIM115
+        self._file = open(os.memfd_create("steppe-beats"), "r+b")  # noqa: SIM115 no disk, which may be full
         self._file.truncate(BEAT.size)
         self._memory = mmap.mmap(self._file.fileno(), BEAT.size)
         self.beat(0, "starting")
@@ -44,16 +41,22 @@ class Watchdog:
         """The number of the process that watches, if one does."""
         return None if self._child is None else self._child.pid
 
-    def beat(self, step: int, phase: str) -> None:
+    def beat(self, step: int, phase: str, patience_seconds: float = 0.0) -> None:
         """A sign of life. step: the one under way. phase: what is done in it, in a word of up to 32 bytes; "step" as it
-        begins."""
-        self._beats += 1
+        begins. patience_seconds: for how long the next may take to come, if that is more than `hang_seconds`."""
         self._steps += phase == "step"
-        patience_seconds = self._hang_seconds if self._steps > 1 else max(self._hang_seconds, START_SECONDS)
-        BEAT.pack_into(self._memory, 0, self._beats, patience_seconds, step, phase.encode())
+        least = patience_seconds if self._steps > 1 else START_SECONDS
+        self._last = (max(self._hang_seconds, least), step, phase.encode())
+        self.alive()
+
+    def alive(self) -> None:
+        """The same again: what the last one said goes on. From any thread."""
+        self._beats += 1
+        # Packed beside and copied at once: packing in place zeroes the memory first, where the other side may look.
+        self._memory[:] = BEAT.pack(self._beats, *self._last)
 
     def _started(self, run_dir: RunDir, rank: int, hang_seconds: float) -> "subprocess.Popen[bytes]":
-        self._stacks = tempfile.TemporaryFile(prefix="steppe-stacks-")  # noqa: SIM115
+        self._stacks = open(os.memfd_create("steppe-stacks"), "r+b")  # noqa: SIM115
         # Written by a handler in C, whatever Python does.
         faulthandler.register(DUMP_SIGNAL, self._stacks, all_threads=True)
         watched = Watched(

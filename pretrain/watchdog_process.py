@@ -59,8 +59,9 @@ class Watched(NamedTuple):
 
 
 class Beat(NamedTuple):
-    """The last one, for how long none may come after it, and for how long none has."""
+    """The last one: its number, for how long none may come after it, and for how long none has."""
 
+    number: int
     patience_seconds: float
     step: int
     phase: str
@@ -72,10 +73,12 @@ def main() -> None:
     watched = Watched.of(sys.argv[1:])
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     with mmap.mmap(watched.beats, BEAT.size, prot=mmap.PROT_READ) as memory:
+        overdue = -1  # the number of a beat after which none came in time, at the look before
         for beat in beats(watched, memory):
-            if beat.quiet_seconds >= beat.patience_seconds:
-                end(watched, beat)
+            late = beat.quiet_seconds >= beat.patience_seconds
+            if late and beat.number == overdue and end(watched, beat, memory):
                 return
+            overdue = beat.number if late else -1
 
 
 def beats(watched: Watched, memory: mmap.mmap) -> Iterator[Beat]:
@@ -92,18 +95,25 @@ def beats(watched: Watched, memory: mmap.mmap) -> Iterator[Beat]:
         before = now
         if number != seen:
             seen, quiet = number, 0.0
-        yield Beat(patience_seconds, step, phase.rstrip(b"\0").decode(), quiet)
+        yield Beat(number, patience_seconds, step, phase.rstrip(b"\0").decode(), quiet)
         time.sleep(tick)
 
 
-def end(watched: Watched, beat: Beat) -> None:
-    """Report, within a time that no file system can prolong, let the others report, and end the rank."""
+def end(watched: Watched, beat: Beat, memory: mmap.mmap) -> bool:
+    """Report, within a time that no file system can prolong, let the others report, and end the rank; unless it beats
+    again meanwhile. Returns whether it was ended."""
     began = time.monotonic()
     reporter = threading.Thread(target=report, args=(watched, beat), daemon=True)
     reporter.start()
     reporter.join(PEERS_SECONDS + 2 * DUMP_SECONDS)
     time.sleep(max(0.0, began + PEERS_SECONDS - time.monotonic()))
+    if BEAT.unpack(memory)[0] != beat.number:
+        for path in (watched.error_path, watched.stacks_path):
+            if os.path.exists(path):
+                os.remove(path)
+        return False
     os.kill(watched.process, signal.SIGKILL)
+    return True
 
 
 def report(watched: Watched, beat: Beat) -> None:

@@ -66,7 +66,7 @@ def judge(now: Situation) -> Verdict:
             f"no progress: {now.without_progress} attempts in a row have ended without a newer checkpoint "
             f"(max_restarts_without_progress is {now.max_without_progress})",
         )
-    return _go_on(now, code, "its time was over" if stopped else "it failed, and may be luckier next time")
+    return _go_on(now, code, "its time was over" if stopped else "it failed, and another attempt may not")
 
 
 def _go_on(now: Situation, code: int, why: str) -> Verdict:

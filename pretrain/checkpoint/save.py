@@ -8,7 +8,7 @@ removes what need not stay. If any rank fails, all know, and the older checkpoin
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class CheckpointSaver:
     group: for this alone, since it is used beside training, and more patient than any disk is slow; None on one rank.
     losses: validation losses by step, for `keep_best`; on the first rank, whose own additions are seen.
     report: told of every save that is over, by the thread that trains.
+    alive: called, by the thread of the save, whenever another tensor is about to be written.
     """
 
     def __init__(
@@ -74,9 +75,10 @@ class CheckpointSaver:
         group: dist.ProcessGroup | None,
         losses: Mapping[int, float] | None = None,
         report: Callable[[Saved], None] = lambda saved: None,
+        alive: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.engine, self.config, self.tokenizer, self.group = folder, engine, config, tokenizer, group
-        self.losses, self.report = {} if losses is None else losses, report
+        self.losses, self.report, self.alive = {} if losses is None else losses, report, alive
         self.rank = dist.get_rank(group) if group else 0
         self.staging = Staging(engine.device)
         self._under_way: _Save | None = None
@@ -252,7 +254,12 @@ class _Save:
 
     def _write(self) -> StoredFile:
         entries = [(tensor_key(kind, p.name, p.box), p.box.size) for p in self.pieces for kind in p.views]
-        return write_rank_file(self.scratch / rank_file_name(self.saver.rank), entries, self.values)
+        return write_rank_file(self.scratch / rank_file_name(self.saver.rank), entries, self._values_one_by_one())
+
+    def _values_one_by_one(self) -> Iterator[Tensor]:
+        for values in self.values:
+            self.saver.alive()  # a slow disk is none that hangs
+            yield values
 
     def _commit(self, everyone: list[tuple[bytes, StoredFile]]) -> None:
         """Make it a checkpoint, if this is the first rank; the others only learn whether it became one."""

@@ -1,6 +1,7 @@
 """What is made of a step that went wrong, and what people ask for by files."""
 
 import math
+import os
 import statistics
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from pretrain.engine import Status
 from pretrain.health import Health, robust_zscore
+from pretrain.recorder import SilentRecorder
 from pretrain.run_dir import RunDir
 from pretrain.state import TrainState
 from pretrain.stop import Switches
@@ -37,7 +39,8 @@ def status(loss: float, grad_norm: float = 1.0) -> Status:
 
 def health(*overrides: str, differing: list[tuple[str, list[int]]] | None = None) -> Health:
     engine: Any = Replicas(differing or [])
-    return Health(small_config(*overrides), engine)
+    saver: Any = None  # nothing is saved or loaded here
+    return Health(small_config(*overrides), engine, saver, None, SilentRecorder())
 
 
 @given(losses, st.floats(0.5, 8), st.floats(-5, 5))
@@ -58,27 +61,29 @@ def test_zscore_of_a_normal_sample_is_in_standard_deviations() -> None:
 
 def test_a_spike_is_told_after_half_a_window_and_stays_out_of_it() -> None:
     judge, state = health("health={spike_zscore: 6, spike_window: 8}"), TrainState()
-    assert [judge.zscore(state, status(loss)) for loss in (9, 3.0, 3.1, 2.9)] == [None] * 4
-    assert judge.zscore(state, status(3.05)) is None
-    found = judge.zscore(state, status(5.0))
+    assert [judge.spike(state, status(loss), False) for loss in (9, 3.0, 3.1, 2.9)] == [None] * 4
+    assert judge.spike(state, status(3.05), False) is None
+    found = judge.spike(state, status(5.0), False)
     assert found is not None
     assert found > 6
     assert state.losses == [9, 3.0, 3.1, 2.9, 3.05]
     for _ in range(20):
-        judge.zscore(state, status(3.0))
+        judge.spike(state, status(3.0), False)
     assert len(state.losses) == 8
 
 
-def test_a_loss_that_is_no_number_is_no_spike() -> None:
+def test_a_step_that_was_skipped_is_no_spike() -> None:
+    """Nor does it enter the window: asked for or not, it is the same step."""
     judge, state = health("health={spike_zscore: 6, spike_window: 8}"), TrainState(losses=[3.0, 3.1, 2.9, 3.0])
-    assert judge.zscore(state, status(math.nan)) is None
-    assert judge.zscore(state, status(9.0, grad_norm=math.inf)) is None
+    assert judge.spike(state, status(math.nan), True) is None
+    assert judge.spike(state, status(9.0), True) is None
+    assert judge.spike(state, status(3.0), True) is None
     assert state.losses == [3.0, 3.1, 2.9, 3.0]
 
 
 def test_spikes_are_not_looked_for_unasked() -> None:
     judge, state = health(), TrainState(losses=[3.0] * 100)
-    assert judge.zscore(state, status(99.0)) is None
+    assert judge.spike(state, status(99.0), False) is None
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
@@ -89,7 +94,8 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
     assert judge.unsound(state, status(3.0)) is None
     assert judge.unsound(state, bad) is None
     assert judge.unsound(state, status(3.0, grad_norm=math.inf)) is None
-    outcome = judge.unsound(state, bad)
+    state = TrainState.from_state_dict(state.state_dict())  # a resume does not forgive
+    outcome = health("health.max_skipped_steps=2").unsound(state, bad)
     assert outcome is not None
     assert (outcome.status, outcome.exit_code, outcome.step) == ("failed", 1, 7)
     assert "loss nan with gradient norm 1.0, for the 3. time in a row" in outcome.message
@@ -97,17 +103,20 @@ def test_too_many_skipped_steps_in_a_row_end_the_run() -> None:
 
 
 def test_replicas_are_compared_when_due() -> None:
-    judge = health("health.replica_check_every_steps=3", differing=[("head.weight", [5]), ("norm.weight", [5])])
+    judge = health("health.replica_check_every_steps=3", differing=[("head.weight", [0]), ("norm.weight", [0])])
     assert judge.unsound(TrainState(step=4), status(3.0)) is None
     outcome = judge.unsound(TrainState(step=6), status(3.0))
     assert outcome is not None
     assert outcome.exit_code == 1
-    assert "step 6: rank 5 has other bits in head.weight and 1 other parameters" in outcome.message
-    never = health("health.replica_check_every_steps=0", differing=[("head.weight", [5])])
+    where = f"rank 0 on {os.uname().nodename} has other bits in head.weight and 1 other parameters"
+    assert f"step 6: {where}" in outcome.message
+    never = health("health.replica_check_every_steps=0", differing=[("head.weight", [0])])
     assert never.unsound(TrainState(step=6), status(3.0)) is None
 
 
-def test_switch_files_are_seen_by_the_first_rank_and_go_when_done(tmp_path: Path, monkeypatch: Any) -> None:
+def test_the_first_rank_sees_switch_files_and_only_the_wish_to_save_is_forgotten(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(Switches, "EVERY_SECONDS", 0.05)
     run = RunDir(tmp_path)
     first, other = Switches(run, 0), Switches(run, 1)
@@ -117,10 +126,13 @@ def test_switch_files_are_seen_by_the_first_rank_and_go_when_done(tmp_path: Path
     time.sleep(0.06)
     assert first.look() == (False, True)
     run.stop_path.touch()  # after it was looked: it is for the next time
-    first.done()
+    first.saving()
     assert not run.save_path.exists()
     assert run.stop_path.exists()
     assert first.look() == (False, False)
     time.sleep(0.06)
+    assert first.look() == (True, False)
+    first.saving()
+    assert run.stop_path.exists()  # the wish to end outlives this attempt
     assert first.look() == (True, False)
     assert other.look() == (False, False)

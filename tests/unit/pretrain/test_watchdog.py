@@ -1,5 +1,6 @@
 """The watchdog of a rank, with real processes: what it costs, when it strikes, what it leaves, and that it goes."""
 
+import mmap
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from pretrain.hang import HANG
 from pretrain.run_dir import RunDir, read_json
 from pretrain.watchdog import Watchdog
-from pretrain.watchdog_process import DUMP_SECONDS, PEERS_SECONDS, Watched
+from pretrain.watchdog_process import BEAT, DUMP_SECONDS, PEERS_SECONDS, Watched
 from tests.dist.harness import ROOT
 
 HANG_SECONDS = 1.0
@@ -51,6 +52,36 @@ HANGS = {
     "disk": "os.mkfifo(run.rank_stacks(3)); time.sleep(1000)",
     "end": "pass",
 }
+
+
+BUSY = """
+from pathlib import Path
+from pretrain.run_dir import RunDir
+from pretrain.watchdog import Watchdog
+
+watchdog = Watchdog(RunDir(Path(".")), 3, 0.0)
+print(watchdog._file.fileno(), flush=True)
+while True:
+    watchdog.beat(7, "step")
+"""
+
+
+def test_a_beat_is_never_seen_half_written() -> None:
+    """Whenever the other process looks, at a rank that beats without pause."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-P", "-c", BUSY], stdout=subprocess.PIPE, text=True, env=env) as busy:
+        try:
+            assert busy.stdout is not None
+            with open(f"/proc/{busy.pid}/fd/{int(busy.stdout.readline())}", "rb") as file:
+                memory = mmap.mmap(file.fileno(), BEAT.size, prot=mmap.PROT_READ)
+            await_true(lambda: BEAT.unpack(memory)[2] == 7)
+            seen, until = set(), time.monotonic() + 2
+            while time.monotonic() < until:
+                number, *rest = BEAT.unpack(memory)
+                seen.add((number > 0, *rest))
+        finally:
+            busy.kill()
+    assert seen == {(True, 0.0, 7, b"step".ljust(32, b"\0"))}
 
 
 @contextmanager
