@@ -39,7 +39,8 @@ class Attempt:
 
 
 class Ending(NamedTuple):
-    """kind: done, stopped, time limit, preempted, cancelled, node lost, bad nodes, failed, killed or running."""
+    """kind: done, stopped, time limit, preempted, preempted or node lost, cancelled, node lost, bad nodes, failed,
+    killed or running."""
 
     kind: str
     words: str
@@ -66,6 +67,8 @@ def ending(attempt: Attempt, restarted: bool) -> Ending:
     if "TERM" in attempt.signals and not attempt.open:
         kind = "preempted" if restarted else "cancelled"
         by = "Slurm took its nodes away" if restarted else "cancelled, or at its time limit"
+        if restarted and attempt.status != "stopped":  # so it ends, too, where another than its first node has failed
+            kind, by = "preempted or node lost", "Slurm took its nodes away, or one of them failed"
         return Ending(kind, f"{by}; {saved.get(attempt.status or '', 'killed before it could checkpoint')}")
     if attempt.status == "stopped":
         if set(attempt.signals) & {"USR1", "time"}:

@@ -3,9 +3,10 @@
 import os
 import sys
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from launch.bench.app import app as bench
 from launch.commands import checkpoint, convert, data, demo, evaluate, generate, plan, report, status, submit, train
@@ -43,18 +44,22 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
-        app()
+        # Else typer would print its own errors, with the usage, on four lines.
+        code = app(standalone_mode=False)
     except Exception as error:
         if debug:
             traceback.print_exc()
         sys.exit(explain(error))
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def explain(error: Exception) -> int:
     """Say on stderr, in one line, what went wrong; returns the exit code."""
-    from pretrain.outcome import EXIT_FAILED, exit_code_of
+    from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, exit_code_of
 
+    if isinstance(error, TyperException):
+        print(usage_error(error), file=sys.stderr)
+        return EXIT_WRONG_INPUT
     code = exit_code_of(error)
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -63,6 +68,15 @@ def explain(error: Exception) -> int:
         text = f"{type(error).__name__}: {text} (run again with --debug for the traceback)"
     print(f"steppe: {text}", file=sys.stderr)
     return code
+
+
+def usage_error(error: Any) -> str:
+    """What is wrong with the words of a command, in one line; or its help, where that was all that there was to say."""
+    said = error.format_message()
+    if said.lstrip().startswith("Usage:"):
+        return said
+    command = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+    return f"steppe: {' '.join(said.split())}{command}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch import report_plots as plots
-from launch.cluster.status import RunStatus, Watched, in_words
+from launch.cluster.status import RunStatus, WatchedRun, in_words
 from launch.cluster.sweep_status import WatchedSweep
 from launch.curves import StepCurves, smoothing_window
 from launch.goodput import ACCOUNTS, Phase
@@ -90,7 +90,7 @@ class Told:
 def run_report(path: Path) -> str:
     """The page about one run. Raises ValueError if the folder is none."""
     told = Told()
-    watched = Watched(path, listener=told.hear)
+    watched = WatchedRun(path, listener=told.hear)
     status = watched.look()
     environment = watched.run.environment_path
     return _page(

@@ -105,6 +105,8 @@ def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
         return Outcome("failed", EXIT_FAILED, last_step(run), message)
     path, first = said[0]
     message = " ".join(first["message"].split())
+    if complaints:  # their words are of sockets and addresses
+        message = f"rank {rank_of(path)} lost touch with another"
     if first["type"] == "CheckpointError":
         message += f"; put that right, then go on from the checkpoint before with: steppe resume {run.path}"
     elif first["exit_code"] != EXIT_WRONG_INPUT and first["type"] != "OSError":

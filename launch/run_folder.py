@@ -13,14 +13,16 @@ from typing import Any, TextIO
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.manifest import TOKENIZER_NAME
+from launch.named_file import named_file
 from launch.run_checks import check_checkpoints_are_there, check_data, check_same_data, with_checked_init
 from pretrain.config import RunConfig
-from pretrain.recipe import apply_overrides, dump_config, load_config, validated
+from pretrain.recipe import apply_overrides, check_unchanged, dump_config, load_config, validated
 from pretrain.resume_policy import changes, check_allowed, check_resume
 from pretrain.run_dir import RunDir, event_line, open_events, read_json, write_json
 
 RECIPES = Path(__file__).parent / "recipes"
 LOOK_AGAIN_SECONDS = 0.5
+SWEEP_NAME = "sweep.json"
 
 # What a start that was killed before the config was written leaves: nothing to go on from, and nothing to lose.
 BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.model", "config.yaml.tmp"}
@@ -28,13 +30,7 @@ BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.m
 
 def recipe_path(recipe: str) -> Path:
     """A path, or the name of a recipe that comes with Steppe. Raises ValueError listing those."""
-    path, built_in = Path(recipe), RECIPES / f"{recipe}.yaml"
-    if path.is_file():
-        return path
-    if built_in.is_file():
-        return built_in
-    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-    raise ValueError(f"{recipe}: no such file, and no recipe of that name; recipes are {names}")
+    return named_file(recipe, RECIPES, "recipe")
 
 
 def checked_recipe(recipe: str, overrides: list[str], run: RunDir) -> RunConfig:
@@ -98,10 +94,25 @@ class Change:
             events.write(event_line("resume", {"changes": differences}))
 
 
+def check_run(run: RunDir) -> None:
+    """Raise ValueError if the folder is not that of one run."""
+    if run.config_path.is_file():
+        return
+    if (run.path / SWEEP_NAME).is_file():
+        raise ValueError(f"{run.path} is a sweep, of several runs: name one of them, such as {first_point(run.path)}")
+    why = f"{run.config_path.name} is missing in it" if run.path.is_dir() else "there is no such folder"
+    raise ValueError(f"{run.path} is not a run: {why}")
+
+
+def first_point(sweep: Path) -> Path:
+    """The first run of a sweep."""
+    return min((path.parent for path in sweep.glob("*/config.yaml")), default=sweep / "POINT")
+
+
 def checked_change(run: RunDir, overrides: list[str], allowed: list[str]) -> Change:
     """What `--set` and `--allow` would change of a run. Raises ValueError if it is none, or that cannot be changed."""
-    if not run.config_path.is_file():
-        raise ValueError(f"{run.path} is not a run: {run.config_path.name} is missing in it")
+    check_run(run)
+    check_unchanged(run.config_path)
     old = load_config(run.config_path)
     tree = apply_overrides(old.model_dump(mode="json"), overrides)
     if "preset" in tree["model"]:

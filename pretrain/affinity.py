@@ -6,6 +6,7 @@ memory near its cores as well.
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def bind(local_rank: int, local_world: int, gpu_addresses: Sequence[str | None],
     gpu_numa = [numa_of_pci(address, system) for address in gpu_addresses]
     chosen = [core.number for core in cores_of_rank(allowed_cores(system), local_rank, local_world, gpu_numa)]
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), chosen)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), chosen)
     return sorted(chosen)
 
 

@@ -9,6 +9,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
+
 # Dense peaks in FLOP/s by dtype, from the makers' data sheets (no sparsity), by what the device's name contains.
 GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H200": {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12},
@@ -18,8 +20,6 @@ GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "A100": {torch.bfloat16: 312e12, torch.float16: 312e12, torch.float32: 19.5e12},
     "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 91.6e12},
 }
-
-COLLECTIVE_TIMEOUT = "STEPPE_COLLECTIVE_TIMEOUT_SECONDS"  # an environment variable of ours, torch having none
 
 
 def local_rank() -> int:

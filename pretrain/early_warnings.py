@@ -1,5 +1,6 @@
 """What does not end a run, but had better be known early: slow ranks, and a disk that fills up."""
 
+from contextlib import suppress
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -28,8 +29,12 @@ class EarlyWarnings:
         for slow in self.stragglers.after_step(step, forward_seconds):
             self.recorder.event("straggler", str(slow), step=step, **asdict(slow))
         if self.disk is not None and (self._first or due(self.config.checkpoint.every_steps, step)):
-            low = self.disk.look(step)
-            if low is not None:
-                sizes = {"free_bytes": low.free_bytes, "needed_bytes": low.needed_bytes}
-                self.recorder.event("disk_low", str(low), step=step, **sizes)
+            with suppress(OSError):  # a file system that does not answer just now: the next look may tell
+                self._look_at_disk(self.disk, step)
         self._first = False
+
+    def _look_at_disk(self, disk: DiskWatch, step: int) -> None:
+        low = disk.look(step)
+        if low is not None:
+            sizes = {"free_bytes": low.free_bytes, "needed_bytes": low.needed_bytes}
+            self.recorder.event("disk_low", str(low), step=step, **sizes)

@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
+import xxhash
 import yaml
 from pydantic import BaseModel, ValidationError
 
@@ -135,6 +136,20 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+SEAL = "# Steppe wrote this; change a run with: steppe resume RUN --set KEY=VALUE. xxh3 "
+
+
 def dump_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved tree as YAML, durably."""
-    write_durably(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write the resolved config as YAML, durably, with a last line by which `check_unchanged` knows it."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_durably(path, f"{text}{SEAL}{xxhash.xxh3_64_hexdigest(text.encode())}\n")
+
+
+def check_unchanged(path: Path) -> None:
+    """Raise ValueError if a config that `dump_config` wrote is not as it wrote it."""
+    text, seal, fingerprint = path.read_text(encoding="utf-8").partition(SEAL)
+    if seal and fingerprint.strip() != xxhash.xxh3_64_hexdigest(text.encode()):
+        raise ValueError(
+            f"{path} was changed by hand, so what the run has learnt by is not on record: put it back (index.json of "
+            "the newest checkpoint holds it, too), and change a run with --set KEY=VALUE"
+        )

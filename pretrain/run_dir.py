@@ -165,12 +165,15 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def parsed_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The events of lines, one by one: a long run's need not be in memory together. A torn line is left out."""
+    """The events of lines, one by one: a long run's need not be in memory together. A line that is torn, or no event,
+    is left out."""
     for line in lines:
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             continue
+        if isinstance(event, dict) and {"type", "time"} <= event.keys():
+            yield event
 
 
 def write_json(path: Path, value: Any) -> None:

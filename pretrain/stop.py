@@ -59,7 +59,7 @@ class Switches:
         """Whether to stop, and whether to save."""
         if self._paths and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + self.EVERY_SECONDS
-            self._seen = [path for path in self._paths if path.exists()]
+            self._seen = [path for path in self._paths if os.path.exists(path)]  # no error ends a run here
         return self._stop in self._seen, self._save in self._seen
 
     def saving(self) -> None:

@@ -9,14 +9,13 @@ import sys
 import traceback
 from pathlib import Path
 
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT, outlasting
 from pretrain.config import RunConfig
 from pretrain.rank_error import write_rank_error
 from pretrain.recipe import load_config
 from pretrain.run_dir import RunDir, event_line, open_events, write_json
 from pretrain.stop import StopRequest
-from pretrain.watchdog import START_SECONDS, Watchdog
-
-MARGIN_SECONDS = 120.0  # for watchdogs to report before a collective gives up
+from pretrain.watchdog import Watchdog
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def run(
     import torch.distributed as dist
 
     from pretrain.affinity import BIND, bind
-    from pretrain.device import COLLECTIVE_TIMEOUT, detect, gpu_addresses, init_process_group
+    from pretrain.device import detect, gpu_addresses, init_process_group
     from pretrain.environment import describe_environment
     from pretrain.train import train
 
@@ -58,8 +57,7 @@ def run(
         local_rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
         print(f"bound to cores {bind(local_rank, ranks, gpu_addresses(ranks))}", flush=True)
     if config.health.hang_seconds:  # the watchdog comes first: it can say who is late
-        patience = max(config.health.hang_seconds, START_SECONDS) + MARGIN_SECONDS
-        os.environ.setdefault(COLLECTIVE_TIMEOUT, str(patience))
+        os.environ.setdefault(COLLECTIVE_TIMEOUT, str(outlasting(config.health.hang_seconds)))
     init_process_group(device)
     # Held by every rank until its process is gone, and so longer than the launcher's own, should that be killed.
     lock = open(run_dir.ranks_lock_path, "w", encoding="utf-8")  # noqa: SIM115

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from launch.cluster.record import JobRecord
 from launch.cluster.slurm import Job, Slurm, SlurmError
-from launch.cluster.status import Watched
+from launch.cluster.status import WatchedRun
 from launch.cluster.sweep import Sweep
 from pretrain.run_dir import RunDir
 
@@ -35,7 +35,7 @@ def cancel_run(path: Path, now: bool) -> Cancelled:
 
     Raises ValueError where there is nothing that could be cancelled, SlurmError if Slurm does not answer.
     """
-    watched = Watched(path)
+    watched = WatchedRun(path)
     run, slurm = watched.run, Slurm()
     if not run.job_path.is_file():
         return _cancel_local(run, now, watched.is_alive)

@@ -1,20 +1,18 @@
 """The variables of a job's processes: Steppe's defaults, which a profile overrides. Names are torch 2.13's."""
 
 from launch.cluster.profile import ClusterProfile
-
-# torch takes the time-out of collectives only as an argument; `pretrain/device.py` reads it from here.
-COLLECTIVE_TIMEOUT = "STEPPE_COLLECTIVE_TIMEOUT_SECONDS"
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT, outlasting
 
 
-def job_environment(profile: ClusterProfile) -> dict[str, str]:
-    """Variables whose values are taken as they are; the profile's own last."""
+def job_environment(profile: ClusterProfile, hang_seconds: float) -> dict[str, str]:
+    """Variables whose values are taken as they are; the profile's own last. hang_seconds: the recipe's."""
     defaults = {
         # A rank whose collective fails or times out ends (3: without aborting its communicator first, which can hang),
         # and every rank leaves a record of the collectives that it had begun: the flight recorder, of so many.
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        COLLECTIVE_TIMEOUT: str(profile.collective_timeout_seconds),
+        COLLECTIVE_TIMEOUT: f"{max(profile.collective_timeout_seconds, outlasting(hang_seconds)):g}",
         # Memory grows in place, so that blocks of a size nobody asks for again do not split it.
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
         # Our packages have common names: no process of ours looks for them in the current folder.

@@ -7,7 +7,6 @@ attempts.jsonl before it acts: a requeue ends it at once, and no rank of the nex
 import math
 import os
 import random
-import signal
 import socket
 import sys
 import time
@@ -17,19 +16,20 @@ from pathlib import Path
 
 import xxhash
 
-from launch.cluster.clock import Clock, last_events, pace
-from launch.cluster.environment import COLLECTIVE_TIMEOUT
+from launch.cluster.clock import Clock, Stopwatch
 from launch.cluster.next_job import NextJob
 from launch.cluster.preflight import Findings, judge_preflight, new_folder, read_reports, slowest_all_reduce
-from launch.cluster.rank import NODE_NAME, pid_path
+from launch.cluster.rank import pid_path
 from launch.cluster.record import AttemptLine, JobRecord, append_attempt, read_attempts
 from launch.cluster.signals import Told, ask_rank_0
-from launch.cluster.slurm import Slurm, SlurmError
+from launch.cluster.slurm import NoSlurmError, Slurm, SlurmError, SlurmRefusedError
 from launch.cluster.steps import Step, StepError, srun_words
 from launch.cluster.verdict import GOES_ON, Signal, Situation, Verdict, attempts_without_progress, judge
+from launch.feed import FileFeed
 from launch.run import clear_last_attempt, failure, last_step
 from launch.run_folder import LockedError, locked
 from pretrain.checkpoint.folder import list_checkpoints, step_of
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT, Outcome
 from pretrain.run_dir import RunDir
 
@@ -57,7 +57,6 @@ class Supervisor:
         # One task of an array has the array's number for its own, which then means all of them.
         self.queue_id = self.job_id if task is None else f"{array}_{task}"
         self.restart = int(environ.get("SLURM_RESTART_COUNT", "0"))
-        self.node = environ[NODE_NAME]
         self.nodes = Slurm(record.profile.slurm_timeout_seconds).hostnames(environ["SLURM_JOB_NODELIST"])
         self.next = NextJob(
             run=run,
@@ -65,8 +64,9 @@ class Supervisor:
             told=told,
             queue_id=self.queue_id,
             array_job_id=array,
-            tasks_left=record.chain - self.array_task if record.chain > 1 and self.array_task is not None else None,
+            tasks_left=tasks_left(environ) if record.chain > 1 else None,
         )
+        self.events, self.stopwatch = FileFeed(run.events_path), Stopwatch()
         self.clock = Clock(time.time(), None, record.signal_lead_seconds)
         self.measured_at = self.looked_up_at = -math.inf
         self.asked_at: float | None = None
@@ -77,7 +77,7 @@ class Supervisor:
         self._note("attempt", nodes=self.nodes, ranks=self.record.ranks, checkpoint=self._newest_checkpoint())
         clear_last_attempt(self.run)
         self._refresh()
-        findings, outcome = Findings(), self._changed_config()
+        findings, outcome = Findings(), self._changed_config() or self._before_ranks()
         if outcome is None and self.record.profile.preflight.seconds:
             findings = self._preflight()
             if findings.words:
@@ -123,7 +123,7 @@ class Supervisor:
 
     def _before_ranks(self) -> Outcome | None:
         """What has come of it already, if ranks need not be started at all."""
-        if not self.told.term and self.asked_at is None:
+        if not self.told.term and self.asked_at is None and not self.run.stop_path.exists():
             return None
         return Outcome("stopped", EXIT_STOPPED, last_step(self.run), "stopped before the training began")
 
@@ -145,8 +145,7 @@ class Supervisor:
                 killed = True
             elif time.monotonic() - asked_again > ASK_AGAIN_SECONDS:
                 asked_again = time.monotonic()
-                if not ask_rank_0(self.run, self.node) and not self.told.term:  # which Slurm has told all ranks
-                    step.forward(signal.SIGUSR1)
+                ask_rank_0(self.run)
         if self.run.outcome_path.is_file():
             return Outcome.read(self.run)
         if killed:
@@ -185,7 +184,7 @@ class Supervisor:
         now = time.monotonic()
         if now - self.measured_at >= MEASURE_SECONDS:
             self.measured_at = now
-            self.clock = replace(self.clock, pace=pace(last_events(self.run.events_path)) or self.clock.pace)
+            self.clock = replace(self.clock, pace=self.stopwatch.see(self.events.new()))
         if now - self.looked_up_at >= LOOK_UP_SECONDS:
             self.looked_up_at = now
             try:
@@ -203,6 +202,7 @@ class Supervisor:
         situation = Situation(
             outcome=outcome,
             signal=self.signal,
+            stop_asked=self.run.stop_path.exists(),
             bad_nodes=tuple(findings.bad),
             without_progress=attempts_without_progress(read_attempts(self.run), self._newest_checkpoint()),
             max_without_progress=self.record.profile.max_restarts_without_progress,
@@ -220,14 +220,16 @@ class Supervisor:
             if verdict.action == "requeue":
                 self.next.requeue()
             elif verdict.action == "resubmit":
-                lead = None if self.clock.pace is None else self.clock.pace.lead_seconds
-                self.next.resubmit(findings.bad, lead)
+                self.next.resubmit(findings.bad, self.clock.lead_seconds)
             elif verdict.action in ("done", "stop"):
                 self.next.end_chain()
         except SlurmError as error:
             print(f"steppe: {error}", file=sys.stderr)
             if verdict.action in GOES_ON:
-                why = f"{verdict.why}, but Slurm did not do it ({error}); go on with: steppe resume {self.run.path}"
+                refused = isinstance(error, SlurmRefusedError)
+                unknown = verdict.action == "resubmit" and not refused  # and the error says what to do
+                remedy = "" if unknown else f"; go on with: steppe resume {self.run.path}"
+                why = f"{verdict.why}, but Slurm {'refused' if refused else 'did not answer'} ({error}){remedy}"
                 self._note("attempt_end", outcome=vars(Outcome.read(self.run)), action="stop", why=why)
         return verdict.exit_code
 
@@ -238,6 +240,13 @@ class Supervisor:
     def _note(self, kind: AttemptLine, **fields: object) -> None:
         ours = {"job_id": self.job_id, "restart": self.restart, "array_task": self.array_task}
         append_attempt(self.run, kind, **ours, **fields)
+
+
+def tasks_left(environ: Mapping[str, str]) -> int | None:
+    """How many tasks of this task's array come after it; None if it is none."""
+    if "SLURM_ARRAY_TASK_ID" not in environ:
+        return None
+    return max(0, int(environ["SLURM_ARRAY_TASK_MAX"]) - int(environ["SLURM_ARRAY_TASK_ID"]))
 
 
 def free_port() -> int:
@@ -258,27 +267,29 @@ def is_done(run: RunDir, job_id: str) -> bool:
 
 
 def supervise(run: RunDir, told: Told) -> int:
-    """The batch script's exit code. Raises LockedError, SlurmError, OSError."""
+    """The batch script's exit code. Raises LockedError, SlurmError, NoSlurmError, OSError."""
     with locked(run, LOCK_PATIENCE_SECONDS):
         if is_done(run, os.environ["SLURM_JOB_ID"]):
             print("the run is complete", file=sys.stderr)
             return EXIT_DONE
-        return Supervisor(run, JobRecord.read(run), told, os.environ).attempt()
+        try:
+            record = JobRecord.read(run)
+        except ValueError as error:
+            print(f"steppe: {error}", file=sys.stderr)
+            return EXIT_WRONG_INPUT
+        return Supervisor(run, record, told, os.environ).attempt()
 
 
 def main() -> None:
-    """One line says what is wrong where there is no attempt to record it of."""
+    """One line says what is wrong where there is no attempt to record it of; an error of ours is a traceback."""
     told = Told()
     told.listen()
     run = RunDir(Path(sys.argv[1]))
     try:
         sys.exit(supervise(run, told))
-    except (LockedError, SlurmError, OSError) as error:
+    except (LockedError, SlurmError, NoSlurmError, OSError) as error:
         print(f"steppe: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
-    except ValueError as error:
-        print(f"steppe: {error}", file=sys.stderr)
-        sys.exit(EXIT_WRONG_INPUT)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ WORDS = {
 
 
 @dataclass(frozen=True)
-class Report:
+class RankReport:
     """What one rank says.
 
     problem: of its node, found before the ranks meet. complaint: of the meeting, which may be another's fault.
@@ -80,19 +80,19 @@ def new_folder(run: RunDir) -> Path:
     return folder
 
 
-def read_reports(folder: Path, ranks: int) -> dict[int, Report]:
+def read_reports(folder: Path, ranks: int) -> dict[int, RankReport]:
     """The reports that are there, by rank."""
     reports = {}
     for rank in range(ranks):
         try:
-            reports[rank] = Report(**json.loads(report_path(folder, rank).read_text(encoding="utf-8")))
+            reports[rank] = RankReport(**json.loads(report_path(folder, rank).read_text(encoding="utf-8")))
         except (OSError, json.JSONDecodeError, TypeError):
             continue
     return reports
 
 
 def judge_preflight(
-    nodes: Sequence[str], ranks_per_node: int, reports: Mapping[int, Report], limits: PreflightConfig
+    nodes: Sequence[str], ranks_per_node: int, reports: Mapping[int, RankReport], limits: PreflightConfig
 ) -> Findings:
     """Which nodes are bad. Pure.
 
@@ -117,7 +117,7 @@ def judge_preflight(
     return Findings(bad)
 
 
-Told = Mapping[str, Sequence[Report | None]]
+Told = Mapping[str, Sequence[RankReport | None]]
 
 
 def _against_themselves(by_node: Told) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _behind(by_node: Told, ranks_per_node: int) -> dict[str, str]:
     return bad
 
 
-def _stage(report: Report | None) -> int:
+def _stage(report: RankReport | None) -> int:
     return -1 if report is None else STAGES.index(report.stage)
 
 
@@ -174,20 +174,20 @@ def _other_clocks(by_node: Told, most_seconds: float) -> dict[str, str]:
     }
 
 
-def _complaints(reports: Mapping[int, Report]) -> str:
+def _complaints(reports: Mapping[int, RankReport]) -> str:
     said = [
         f"rank {report.rank} on {report.node}: {report.complaint}" for report in reports.values() if report.complaint
     ]
     return f"; {said[0]}" if said else ""
 
 
-def slowest_all_reduce(reports: Mapping[int, Report]) -> dict[str, Any]:
+def slowest_all_reduce(reports: Mapping[int, RankReport]) -> dict[str, Any]:
     """For the record: {} where there was none."""
     times = [report.all_reduce_seconds for report in reports.values() if report.all_reduce_seconds is not None]
     return {"all_reduce_seconds": max(times)} if times else {}
 
 
-def further(report: Report, stage: str, folder: Path, **said: Any) -> Report:
+def further(report: RankReport, stage: str, folder: Path, **said: Any) -> RankReport:
     """The report of a rank that has come one stage further, or has something to say; written."""
     now = replace(report, stage=stage, **said)
     now.write(folder)

@@ -15,10 +15,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from launch.cluster.container import LOCAL_FOLDER
-from launch.cluster.environment import COLLECTIVE_TIMEOUT
 from launch.cluster.freeze import FOLDERS, ROOT, tree_hash
-from launch.cluster.preflight import Report, further, preflight_folder
+from launch.cluster.local_folder import problem_of_local_folder
+from launch.cluster.preflight import RankReport, further, preflight_folder
 from launch.cluster.rank import NODE_NAME, rank_environment
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
 from pretrain.run_dir import RunDir
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
@@ -43,7 +44,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = preflight_folder(RunDir(args.run_dir))
     first_of_node = os.environ["LOCAL_RANK"] == "0"
-    report = Report(int(os.environ["RANK"]), os.environ[NODE_NAME], "came")
+    report = RankReport(int(os.environ["RANK"]), os.environ[NODE_NAME], "came")
     report.write(folder)
     problem = problem_of_node(args.run_dir, args.free_bytes, args.gpus) if first_of_node else ""
     versions = versions_here() if first_of_node and not problem else {}
@@ -62,10 +63,9 @@ def main() -> None:
 
 def problem_of_node(run: Path, free_bytes: float, gpus: int) -> str:
     """What is wrong with the disks of this node, or what its GPUs say of themselves; "" for nothing."""
-    local = Path(os.environ.get(LOCAL_FOLDER, "/tmp"))
-    while not local.exists():
-        local = local.parent
-    for path in (run, local):
+    if problem := problem_of_local_folder():
+        return problem
+    for path in (run, Path(os.environ.get(LOCAL_FOLDER, "/tmp"))):
         free = shutil.disk_usage(path).free
         if free < free_bytes:
             return f"{path} has {free / 1e9:.1f} GB free, and {free_bytes / 1e9:g} GB are asked for"
@@ -130,7 +130,7 @@ def problem_of_device(gpus: int) -> str:
     return ""
 
 
-def meet(report: Report, folder: Path) -> None:
+def meet(report: RankReport, folder: Path) -> None:
     """Reach the first node, and sum over all ranks. Raises RuntimeError or OSError if that fails or is wrong."""
     import torch
     import torch.distributed as dist

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from launch.named_file import named_file
 from pretrain.config import Section
 from pretrain.recipe import read_mapping, validated_as
 
@@ -26,6 +27,7 @@ DERIVED = {
     **dict.fromkeys(("nodes",), "--nodes"),
     **dict.fromkeys(("array",), "--chain or --sweep"),
     **dict.fromkeys(("job-name",), "the recipe's `name`"),
+    **dict.fromkeys(("batch",), "Steppe, whose batch script runs on the first node,"),
     **dict.fromkeys(("exclude",), "Steppe, when a preflight finds bad nodes,"),
     **dict.fromkeys(
         ("output", "error", "input", "open-mode", "chdir", "export", "parsable", "test-only", "wrap", "wait"), "Steppe"
@@ -35,6 +37,7 @@ DERIVED = {
 OURS = re.compile(r"SLURM_|SBATCH_|SRUN_|STEPPE_|PYTHONPATH$|PYTHONHOME$|PYTHONSAFEPATH$|BASH_ENV$|ENV$")
 OF_A_RANK = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 
+MOST_LEAD_SECONDS = 65535  # that sbatch's --signal takes
 TIME_LIMIT = re.compile(r"(?:(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?|(\d+)(?::(\d+)(?::(\d+))?)?)", re.ASCII)
 
 
@@ -146,9 +149,10 @@ class ClusterProfile(Section):
     container: see ContainerConfig.
     environment: variables of every process, as they are (no $NAME is expanded), before Steppe's own defaults.
     network_interface: of the traffic between nodes (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME); several with commas.
-    collective_timeout_seconds: how long a rank waits for the others in one collective operation. Longer than
-        `health.hang_seconds`, whose report says more.
+    collective_timeout_seconds: how long a rank waits for the others in one collective operation. Where the recipe's
+        `health.hang_seconds` asks for more, it is more: the watchdog's report says who is late.
     local_folder: node-local disk, for compile caches and staging; variables of the job may stand in it ($SLURM_JOB_ID).
+        It is made for the job's user alone, and must be his own where it is there: code that is run lies in it.
     launcher: srun starts one task a rank, or torchrun one task a node that starts the node's ranks.
     requeue: whether a job may be requeued, as Steppe does at a time limit and Slurm after a node failure. Where it may
         not, `steppe submit --chain N` queues N jobs that follow one another.
@@ -185,7 +189,7 @@ class ClusterProfile(Section):
     launcher: Literal["srun", "torchrun"] = "srun"
     requeue: bool = True
     max_restarts_without_progress: int = Field(default=3, gt=0)
-    signal_lead_seconds: int = Field(default=300, gt=0, le=65535)
+    signal_lead_seconds: int = Field(default=300, gt=0, le=MOST_LEAD_SECONDS)
     staging: StagingConfig | None = None
     preflight: PreflightConfig = PreflightConfig()
     sbatch_options: tuple[Line, ...] = ()
@@ -242,25 +246,13 @@ class ClusterProfile(Section):
             )
         return self
 
-    def ranks_of_a_node(self, gpus_per_node: int | None = None) -> int:
-        """Ranks of a node: one a GPU (as many as asked for now, or else as the profile says), or `ranks_per_node`."""
-        return (self.gpus_per_node if gpus_per_node is None else gpus_per_node) or self.ranks_per_node
-
-
-def profile_path(name_or_path: str) -> Path:
-    """A path, or the name of a profile that comes with Steppe. Raises ValueError listing those."""
-    path, built_in = Path(name_or_path), PROFILES / f"{name_or_path}.yaml"
-    if path.is_file():
-        return path
-    if built_in.is_file():
-        return built_in
-    names = ", ".join(sorted(file.stem for file in PROFILES.glob("*.yaml")))
-    raise ValueError(f"{name_or_path}: no such file, and no profile of that name; profiles are {names}")
-
 
 def load_profile(name_or_path: str) -> ClusterProfile:
-    """Read and validate a profile. Raises ValueError (one line: value, rule, remedy) for anything wrong with it."""
-    path = profile_path(name_or_path)
+    """Read and validate a profile: a path, or the name of one that comes with Steppe.
+
+    Raises ValueError (one line: value, rule, remedy) for anything wrong with it.
+    """
+    path = named_file(name_or_path, PROFILES, "profile")
     try:
         return validated_as(ClusterProfile, read_mapping(path, "profile", "fields such as partition and gpus_per_node"))
     except ValueError as error:

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch.cluster.local_folder import problem_of_local_folder
 from pretrain import worker
 from pretrain.affinity import BIND
+from pretrain.rank_error import write_rank_error
 from pretrain.run_dir import RunDir
 
 # How the node is called by Slurm, whatever its host name.
@@ -25,14 +27,26 @@ def main() -> None:
     # torch reads it when it is imported.
     cores = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
-    if os.environ["RANK"] == "0":
-        pid_path(RunDir(Path(sys.argv[1]))).write_text(f"{os.environ[NODE_NAME]} {os.getpid()}\n", encoding="utf-8")
+    run, rank = RunDir(Path(sys.argv[1])), int(os.environ["RANK"])
+    if problem := problem_of_local_folder():  # where there was no preflight to find it
+        write_rank_error(run, rank, RuntimeError(f"{os.environ[NODE_NAME]} is a bad node: {problem}"))
+        sys.exit(1)
+    if rank == 0:
+        write_pid(run)
     worker.main()
 
 
+def write_pid(run: RunDir) -> None:
+    """Say which process this is, all at once: whoever reads it finds all of it, or nothing yet."""
+    path = pid_path(run)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
 def pid_path(run: RunDir) -> Path:
-    """Where rank 0 says which process it is: a signal to it alone reaches no process that a rank has started, as one
-    that Slurm delivers does."""
+    """Where rank 0 says which process of the first node, the batch script's, it is: a signal to it alone reaches no
+    process that a rank has started, as one that Slurm delivers does."""
     return run.logs / "rank_00000.pid"
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from launch.cluster.freeze import freeze
 from launch.cluster.record import JobRecord
-from launch.cluster.script import check_folder, render
+from launch.cluster.script import check_folder
 from launch.cluster.slurm import Slurm, SlurmRefusedError
-from launch.cluster.submit import Request, check_paths, submit_prepared, tested
+from launch.cluster.submit import Request, check_paths, script_of, submit_prepared, tested
 from launch.run_checks import check_ranks
 from launch.run_folder import checked_change, locked
 from pretrain.run_dir import RunDir
@@ -58,7 +58,7 @@ def resume(run_dir: Path, overrides: list[str], allowed: list[str], again: Again
     check_ranks(change.new, record.ranks)
     check_paths(record, change.new, run)
     check_no_job(run, record)
-    tested(record, render(record, run, change.new.name))
+    tested(record, script_of(record, run, change.new))
     with locked(run):
         change.make()
         freeze(run)

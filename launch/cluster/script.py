@@ -4,11 +4,12 @@
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from launch.cluster.environment import job_environment, job_folders
+from launch.cluster.environment import job_folders
 from launch.cluster.profile import one_line
 from launch.cluster.record import JobRecord
 from pretrain.run_dir import RunDir
@@ -18,23 +19,31 @@ PLAIN = re.compile(r"[A-Za-z0-9@%_+=:,./^-]+")
 VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 
 
-def render(record: JobRecord, run: RunDir, name: str) -> str:
-    """The batch script of one run; `name` is what the queue shows."""
-    return _render(record, options(record, run.path, name, "job_%j.log"), run=str(run.path), points=[])
+def render(record: JobRecord, run: RunDir, name: str, environment: Mapping[str, str]) -> str:
+    """The batch script of one run. name: what the queue shows. environment: as `job_environment` gives it."""
+    lines = options(record, run.path, name, "job_%j.log")
+    return _render(record, lines, environment, run=str(run.path), points=[])
 
 
-def render_sweep(record: JobRecord, folder: Path, points: list[RunDir], parallel: int | None, name: str) -> str:
+def render_sweep(
+    record: JobRecord,
+    folder: Path,
+    points: list[RunDir],
+    parallel: int | None,
+    name: str,
+    environment: Mapping[str, str],
+) -> str:
     """The batch script of a job array with a task for each point of a sweep in `folder`, `parallel` of them at a time.
 
     All points are submitted as `record` says.
     """
     at_a_time = "" if parallel is None else f"%{parallel}"
     lines = [*options(record, folder, name, "job_%A_%a.log"), f"--array=0-{len(points) - 1}{at_a_time}"]
-    return _render(record, lines, run="", points=[str(point.path) for point in points])
+    return _render(record, lines, environment, run="", points=[str(point.path) for point in points])
 
 
-def _render(record: JobRecord, lines: list[str], run: str, points: list[str]) -> str:
-    environment = Environment(
+def _render(record: JobRecord, lines: list[str], environment: Mapping[str, str], run: str, points: list[str]) -> str:
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         autoescape=False,  # bash, not HTML
@@ -42,9 +51,9 @@ def _render(record: JobRecord, lines: list[str], run: str, points: list[str]) ->
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"quoted": shlex.quote, "expanded": expanded}
+    templates.filters |= {"quoted": shlex.quote, "expanded": expanded}
     profile = record.profile
-    return environment.get_template("pretrain.sbatch.j2").render(
+    return templates.get_template("pretrain.sbatch.j2").render(
         options=lines,
         run=run,
         points=points,
@@ -52,9 +61,10 @@ def _render(record: JobRecord, lines: list[str], run: str, points: list[str]) ->
         local_folder=profile.local_folder,
         modules=profile.modules,
         setup=profile.setup,
-        environment=job_environment(profile),
+        environment=environment,
         folders=job_folders(profile),
         staging=profile.staging,
+        container=profile.container is not None,
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -30,21 +31,20 @@ class Told:
             self.usr1_at = time.time()
 
 
-def ask_rank_0(run: RunDir, node: str) -> bool:
-    """Send USR1 to rank 0, if it is on this node and listens; the ranks see it together. False if it is elsewhere.
+def ask_rank_0(run: RunDir) -> None:
+    """Send USR1 to rank 0, if it listens; the ranks see it together. It is on this node: ranks are numbered node by
+    node, and the batch script runs on the first.
 
     To rank 0 alone: Slurm would deliver a signal to whatever ranks have started, too, and so end the processes (such as
     compilers) that do not know it. A rank that does not listen yet would be ended as well: it is asked again later.
     """
-    path = pid_path(run)
-    if not path.is_file():
-        return True  # it is about to start
-    its_node, pid = path.read_text(encoding="utf-8").split()
-    if its_node != node:
-        return False
-    if catches(int(pid), signal.SIGUSR1):
-        os.kill(int(pid), signal.SIGUSR1)
-    return True
+    try:
+        pid = int(pid_path(run).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return  # it is about to start
+    if catches(pid, signal.SIGUSR1):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(pid, signal.SIGUSR1)
 
 
 def catches(pid: int, number: signal.Signals) -> bool:

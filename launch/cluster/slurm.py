@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 # What a job leaves in the environment of a command that it calls, and what would silently overrule a script's own
-# #SBATCH lines. Kept: where Slurm is configured.
+# #SBATCH lines. Kept: where Slurm is configured, and who we are to it.
 OF_A_JOB = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_")
-KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS"})
+KEPT = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
 # Of a shell or of an earlier job, and not of the run that is submitted.
 OF_ANOTHER_RUN = frozenset(
     {"PYTHONPATH", "PYTHONHOME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"}

@@ -15,6 +15,7 @@ from launch.cluster.slurm import Job, Slurm
 from launch.cluster.slurm_view import SlurmView
 from launch.feed import Feed
 from launch.goodput import Goodput, History
+from launch.run_folder import check_run
 from pretrain.config import ScheduleConfig
 from pretrain.outcome import Outcome
 from pretrain.recipe import load_config
@@ -60,7 +61,7 @@ class RunStatus:
         return {**{name: getattr(self, name) for name in self.__dataclass_fields__}, "goodput": goodput}
 
 
-class Watched:
+class WatchedRun:
     """A run under observation: each look reads what is new. `listener` is told every event, too.
 
     Raises ValueError if the folder is no run.
@@ -74,8 +75,7 @@ class Watched:
     ) -> None:
         self.listener = listener
         self.run = RunDir(path)
-        if not self.run.config_path.is_file():
-            raise ValueError(f"{path} is not a run: {self.run.config_path.name} is missing in it")
+        check_run(self.run)
         self.slurm = slurm or Slurm(SLURM_TIMEOUT_SECONDS)
         self.config = load_config(self.run.config_path)
         self.history = History()

@@ -89,14 +89,9 @@ class Step:
         self._reader.join(1.0)  # what else it said; a process that it left behind may keep the pipe open
         return True
 
-    def forward(self, number: signal.Signals) -> None:
-        """Send a signal to every process of the step, not to its ranks alone."""
-        if self._srun.poll() is None:
-            self._srun.send_signal(number)
-
     def kill(self) -> None:
         """End the step's processes. srun does that at once when it is sent TERM; ranks hear nothing of it before."""
-        self.forward(signal.SIGTERM)
+        self._srun.terminate()
         if not self.wait(KILL_SECONDS):
             self._srun.kill()
             self._srun.wait()

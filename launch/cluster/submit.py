@@ -1,6 +1,6 @@
 """Submitting a run to Slurm. All that can be wrong is found before anything is queued, or written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,12 @@ class Submission:
 
     @property
     def script(self) -> str:
-        return render(self.record, self.run, self.config.name)
+        return script_of(self.record, self.run, self.config)
+
+
+def script_of(record: JobRecord, run: RunDir, config: RunConfig) -> str:
+    """The batch script of a run with this config."""
+    return render(record, run, config.name, job_environment(record.profile, config.health.hang_seconds))
 
 
 def checked(recipe: str, overrides: list[str], run_dir: Path, record: JobRecord) -> Submission:
@@ -132,17 +137,21 @@ def submit_prepared(run: RunDir, record: JobRecord, why: str, after: str | None 
     """Queue the job of a run whose folder is there, as `record` says; returns the record with the job's id.
 
     why: a word or two for attempts.jsonl. after: a job that must have ended, however it did, before this one starts.
-    Raises SlurmError if Slurm refuses, or does not answer in time: then it is not known whether the job is queued.
+    Raises SlurmRefusedError if Slurm refuses: what was submitted before stays on record. Raises SlurmError if it does
+    not answer in time: then it is not known whether the job, which reads the new record, is queued.
     """
     config = load_config(run.config_path)
-    record = recorded(run, record)
-    script = render(record, run, config.name)
+    before = {path: path.read_text(encoding="utf-8") for path in (run.job_path, run.script_path) if path.is_file()}
+    record = recorded(run, record, job_environment(record.profile, config.health.hang_seconds))
+    script = script_of(record, run, config)
     write_durably(run.script_path, script)
     try:
         job_id = Slurm(record.profile.slurm_timeout_seconds).sbatch(
             script, *([] if after is None else [f"--dependency=afterany:{after}"])
         )
     except SlurmError as error:
+        for path, text in before.items() if isinstance(error, SlurmRefusedError) else ():
+            write_durably(path, text)
         raise type(error)(
             f"{error}; the run is ready in {run.path}: see if its job is queued (squeue --name={config.name}), and "
             f"if not, queue it with: steppe resume {run.path} --nodes {record.nodes}"
@@ -150,9 +159,12 @@ def submit_prepared(run: RunDir, record: JobRecord, why: str, after: str | None 
     return queued(run, record, job_id, why)
 
 
-def recorded(run: RunDir, record: JobRecord) -> JobRecord:
-    """Write down how a job is about to be submitted: it may start, and read that, before sbatch has answered."""
-    variables = job_environment(record.profile) | job_folders(record.profile)
+def recorded(run: RunDir, record: JobRecord, environment: Mapping[str, str]) -> JobRecord:
+    """Write down how a job is about to be submitted: it may start, and read that, before sbatch has answered.
+
+    environment: as `job_environment` gives it.
+    """
+    variables = dict(environment) | job_folders(record.profile)
     config = record.config or xxhash.xxh3_64_hexdigest(run.config_path.read_bytes())
     record = record.model_copy(update={"environment": variables, "config": config})
     run.logs.mkdir(exist_ok=True)

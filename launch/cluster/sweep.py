@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.cluster.environment import job_environment
 from launch.cluster.record import JobRecord
 from launch.cluster.script import check_folder, render_sweep
 from launch.cluster.slurm import Slurm, SlurmError
 from launch.cluster.submit import Request, Submission, checked, prepared, queued, recorded, tested
+from launch.run_folder import SWEEP_NAME
 from pretrain.run_dir import RunDir, read_json, write_durably, write_json
 
-SWEEP_FILE, SCRIPT_FILE = "sweep.json", "job.sbatch"
+SCRIPT_FILE = "job.sbatch"
 MOST_POINTS = 1000  # Slurm's usual limit of a job array (MaxArraySize)
 
 
@@ -44,12 +46,12 @@ class Sweep:
     @classmethod
     def read(cls, folder: Path) -> "Sweep":
         """Raises ValueError if the folder is not a sweep."""
-        tree = read_json(folder / SWEEP_FILE)
+        tree = read_json(folder / SWEEP_NAME)
         return cls(folder, tree["job_id"], tuple(Point(**point) for point in tree["points"]))
 
     def write(self) -> None:
         points = [{"name": point.name, "values": point.values} for point in self.points]
-        write_json(self.folder / SWEEP_FILE, {"job_id": self.job_id, "points": points})
+        write_json(self.folder / SWEEP_NAME, {"job_id": self.job_id, "points": points})
 
 
 def points_of(sweeps: list[str]) -> list[Point]:
@@ -107,6 +109,7 @@ class CheckedSweep:
     points: list[Point]
     ready: list[Submission]
     record: JobRecord
+    environment: dict[str, str]
     script: str
 
 
@@ -129,8 +132,10 @@ def checked_sweep(
             ready.append(checked(recipe, [*overrides, *point.overrides], folder / point.name, record))
         except ValueError as error:
             raise ValueError(f"point {point.name} of the sweep: {error}") from None
-    script = render_sweep(record, folder, [one.run for one in ready], parallel, ready[0].config.name)
-    return CheckedSweep(folder, points, ready, record, script)
+    # One script for all: the longest time-out that one of them needs.
+    environment = job_environment(record.profile, max(one.config.health.hang_seconds for one in ready))
+    script = render_sweep(record, folder, [one.run for one in ready], parallel, ready[0].config.name, environment)
+    return CheckedSweep(folder, points, ready, record, environment, script)
 
 
 def submit_sweep(sweep: CheckedSweep) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def submit_sweep(sweep: CheckedSweep) -> dict[str, Any]:
     records = []
     for one in sweep.ready:
         with prepared(one):
-            records.append(recorded(one.run, sweep.record))
+            records.append(recorded(one.run, sweep.record, sweep.environment))
     try:
         job_id = Slurm(sweep.record.profile.slurm_timeout_seconds).sbatch(sweep.script)
     except SlurmError as error:

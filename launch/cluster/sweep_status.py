@@ -7,7 +7,7 @@ from typing import Any
 from launch.cluster.run_state import OVER
 from launch.cluster.slurm import Slurm
 from launch.cluster.slurm_view import SlurmView
-from launch.cluster.status import SLURM_TIMEOUT_SECONDS, RunStatus, Watched
+from launch.cluster.status import SLURM_TIMEOUT_SECONDS, RunStatus, WatchedRun
 from launch.cluster.sweep import Sweep
 
 
@@ -17,7 +17,7 @@ class WatchedSweep:
     def __init__(self, folder: Path) -> None:
         self.sweep = Sweep.read(folder)
         self.slurm = Slurm(SLURM_TIMEOUT_SECONDS)
-        self.points = [Watched(run.path, self.slurm) for run in self.sweep.runs]
+        self.points = [WatchedRun(run.path, self.slurm) for run in self.sweep.runs]
 
     def look(self) -> list[RunStatus]:
         """Each point as it is now."""

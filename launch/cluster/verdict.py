@@ -20,6 +20,7 @@ class Situation:
     """All that a verdict depends on.
 
     signal: TERM if it came at any time, else what asked the ranks to stop; None: nothing did.
+    stop_asked: the file `stop` is there, which a person makes, and which only a resume removes.
     bad_nodes: those that the preflight found.
     without_progress: attempts in a row, this one last, that ended with no newer checkpoint than they began with.
     tasks_left: of an array whose tasks follow one another, after this one; None: the job is none. A task of such an
@@ -28,6 +29,7 @@ class Situation:
 
     outcome: Outcome
     signal: Signal | None
+    stop_asked: bool
     bad_nodes: tuple[str, ...]
     without_progress: int
     max_without_progress: int
@@ -46,7 +48,8 @@ class Verdict:
 
 def judge(now: Situation) -> Verdict:
     """After TERM a job never goes on by itself: Slurm sends it to cancel as well as to preempt, and requeues a
-    preempted job on its own. A run without progress goes on at most `max_without_progress` times in a row."""
+    preempted job on its own. Nor does it go on once a person has asked for a stop. A run without progress goes on at
+    most `max_without_progress` times in a row."""
     outcome = now.outcome
     if outcome.status == "done":
         return Verdict("done", EXIT_DONE, "the run is complete")
@@ -57,8 +60,10 @@ def judge(now: Situation) -> Verdict:
     if now.signal == "TERM":
         how = "checkpointed" if stopped else "before it could checkpoint"
         return Verdict("slurm", code, f"cancelled or preempted, {how}; Slurm requeues it if it was preempted")
-    if stopped and now.signal is None:
-        return Verdict("stop", code, "a person asked for it")
+    if now.stop_asked or (stopped and now.signal is None):
+        return Verdict(
+            "stop", code, "a person asked for it" + ("" if stopped else ", and it failed before it had saved")
+        )
     if now.without_progress >= now.max_without_progress:
         return Verdict(
             "stop",

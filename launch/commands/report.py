@@ -12,10 +12,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page to write [default: report.html in the folder].")] = None,
 ) -> None:
     """Write one HTML page, readable without a network: losses, speed, restarts and why, goodput, data, checkpoints."""
-    from launch.cluster.sweep import SWEEP_FILE
     from launch.report import run_report, sweep_report
+    from launch.run_folder import SWEEP_NAME
 
-    page = sweep_report(run) if (run / SWEEP_FILE).is_file() else run_report(run)
+    page = sweep_report(run) if (run / SWEEP_NAME).is_file() else run_report(run)
     path = out or run / "report.html"
     path.write_text(page, encoding="utf-8")
     print(f"steppe: {path}", file=sys.stderr)

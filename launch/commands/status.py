@@ -51,9 +51,9 @@ def logs(
     """What a run has written: the logs of its jobs (of a local run: rank 0's), or of one rank."""
     from launch.cluster.logs import last_lines, log_files, missing_log, read_on
     from launch.cluster.run_state import OVER
-    from launch.cluster.status import Watched
+    from launch.cluster.status import WatchedRun
 
-    watched = Watched(run)
+    watched = WatchedRun(run)
     files = log_files(watched.run, rank)
     if not files and not follow:
         raise missing_log(watched.run, rank)
@@ -94,7 +94,7 @@ def cancel(
 def _watched(path: Path) -> "Look":
     """How to look at a run or a sweep: its JSON values, whether it has ended, and how it is shown."""
     from launch.cluster.run_state import OVER
-    from launch.cluster.status import Watched
+    from launch.cluster.status import WatchedRun
     from launch.status_view import run_view, sweep_view
 
     if _is_sweep(path):
@@ -108,7 +108,7 @@ def _watched(path: Path) -> "Look":
             return described, sweep.is_over(points), lambda: sweep_view(described)
 
         return look_at_all
-    run = Watched(path)
+    run = WatchedRun(path)
 
     def look() -> tuple[dict[str, Any], bool, "Callable[[], RenderableType]"]:
         found = run.look()
@@ -120,9 +120,9 @@ def _watched(path: Path) -> "Look":
 def _is_sweep(path: Path) -> bool:
     if (path / "config.yaml").is_file():  # a run: nothing else need be imported
         return False
-    from launch.cluster.sweep import SWEEP_FILE
+    from launch.run_folder import SWEEP_NAME
 
-    return (path / SWEEP_FILE).is_file()
+    return (path / SWEEP_NAME).is_file()
 
 
 def _watch(look: "Look") -> None:

@@ -1,6 +1,7 @@
 """`steppe submit`."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,7 +85,7 @@ def report(told: dict[str, Any], record: "JobRecord", folder: Path, as_json: boo
         size = f"{record.nodes} node{'s' * (record.nodes > 1)}, {record.ranks} rank{'s' * (record.ranks > 1)}"
         runs = f"{len(told['points'])} runs of " if "points" in told else ""
         print(f"job {told['job_id']}: {runs}{size} on {record.cluster}, in {folder}")
-        print(f"steppe: see what it does with: steppe status {folder}", file=sys.stderr)
+        print(f"steppe: see what it does with: steppe status {shlex.quote(str(folder))}", file=sys.stderr)
     hint_at_chain(record)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import psutil
 
@@ -26,7 +26,8 @@ def why_not() -> str | None:
     """Why no cluster can be started here, None if one can."""
     if os.geteuid() != 0:
         return "a virtual Slurm cluster takes root"
-    missing = [name for name in COMMANDS if shutil.which(name) is None]
+    path = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin"  # where the daemons are
+    missing = [name for name in COMMANDS if shutil.which(name, path=path) is None]
     if missing:
         return f"{', '.join(missing)} not installed: apt-get install slurmctld slurmd slurm-client munge"
     words = ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"]
@@ -160,20 +161,31 @@ class Cluster:
 
 
 def ranks(job_id: int) -> dict[int, psutil.Process]:
-    """The ranks of a job by number. Processes on virtual nodes are seen from here, by other ids than their own."""
-    found = {}
+    """The ranks of a job by number."""
+    # One task a rank says it to srun's task; torchrun to the process itself.
+    found = processes(job_id, ("launch.cluster.rank", "pretrain.worker"))
+    return {int(environment.get("RANK", environment["SLURM_PROCID"])): process for process, environment in found}
+
+
+def supervisor(job_id: int) -> psutil.Process:
+    """The process that a job's batch script has become."""
+    ((process, _),) = processes(job_id, ("launch.cluster.job",))
+    return process
+
+
+def processes(job_id: int, modules: tuple[str, ...]) -> list[tuple[psutil.Process, dict[str, str]]]:
+    """Processes `python -P -m MODULE` of a job (of an array: of any of its tasks), with their environments.
+
+    Those on virtual nodes are seen from here, by other ids than their own.
+    """
+    found = []
     for process in psutil.process_iter():
         try:
-            environment: dict[str, Any] = process.environ()
-            of_job = environment.get("SLURM_JOB_ID") == str(job_id)
-            if of_job and process.status() != psutil.STATUS_ZOMBIE and is_rank(process.cmdline()):
-                # One task a rank says it to srun's task; torchrun to the process itself.
-                found[int(environment.get("RANK", environment["SLURM_PROCID"]))] = process
-        except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
+            environment, words = process.environ(), process.cmdline()
+            of_job = environment.get("SLURM_ARRAY_JOB_ID", environment.get("SLURM_JOB_ID")) == str(job_id)
+            is_one = words[1:3] == ["-P", "-m"] and words[3] in modules
+            if of_job and is_one and process.status() != psutil.STATUS_ZOMBIE:
+                found.append((process, environment))
+        except (psutil.NoSuchProcess, psutil.AccessDenied, IndexError):
             continue
     return found
-
-
-def is_rank(words: list[str]) -> bool:
-    """Whether a command line is a rank's: `python -P -m launch.cluster.rank RUN_DIR`, or the worker itself."""
-    return words[1:3] == ["-P", "-m"] and words[3:4] in (["launch.cluster.rank"], ["pretrain.worker"])

@@ -18,6 +18,7 @@ shift 2
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd -P)
 export SLURM_CONF=$folder/slurm.conf
+PATH=$PATH:/usr/sbin # where the daemons are
 
 die() { echo "cluster.sh: $*" >&2; exit 1; }
 

@@ -18,13 +18,18 @@ REQUIRED = "STEPPE_REQUIRE_SLURM"
 
 
 @pytest.fixture(scope="session")
-def started_cluster() -> Iterator[Cluster]:
-    """Four nodes with one GPU each, in name only."""
+def slurm() -> None:
+    """A virtual cluster can be started here."""
     reason = why_not()
     if reason is not None and os.environ.get(REQUIRED) == "1":
         pytest.fail(f"{REQUIRED}=1, but {reason}")
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def started_cluster(slurm: None) -> Iterator[Cluster]:
+    """Four nodes with one GPU each, in name only."""
     with Cluster(NODES) as cluster:
         yield cluster
 

@@ -1,6 +1,7 @@
 """A run on the virtual cluster as a test sees it: by the command line, and by what it writes into its folder."""
 
 import json
+import signal
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pretrain.checkpoint.folder import newest_checkpoint
 from pretrain.checkpoint.index import read_index
 from pretrain.run_dir import RunDir, read_events
 from tests.conftest import command
-from tests.slurm.cluster import PATIENCE_SECONDS, Cluster, ranks, wait_for
+from tests.slurm.cluster import PATIENCE_SECONDS, Cluster, ranks, supervisor, wait_for
 from tests.slurm.faulty import Fault, FaultyPython
 
 EXACT = ("loss", "grad_norm", "lr", "tokens", "position")
@@ -108,9 +109,10 @@ class ClusterRun:
         ended = self.wait_for("the job to end", lambda: (word := self.state()) in ENDED and word)
         assert ended == state, f"the job has ended as {ended}, not {state}\n{self.told()}"
 
-    def running(self) -> str:
-        """What of the newest job runs, as scancel takes it: of an array, one task."""
-        return self.cluster.ask("squeue", "--noheader", "--states=RUNNING", "--format=%A", f"--jobs={self.job_id}")
+    def tell(self, number: signal.Signals) -> None:
+        """Send the newest job's batch script a signal, as a near time limit does. Not by scancel, which for a task of
+        an array complains, and sends it again and again."""
+        supervisor(self.job_id).send_signal(number)
 
     def state(self) -> str:
         """The newest job's, in Slurm's words."""
@@ -147,8 +149,10 @@ def skips(run: Path) -> list[str]:
     updates = sorted(step for step, event in steps.items() if event["skipped"])
     newest = newest_checkpoint(RunDir(run).checkpoints)
     assert newest is not None
+    trainer = read_index(newest).trainer
+    assert trainer is not None
     data: list[list[int]] = []
-    for start, end in read_index(newest).trainer["left_out"]:  # sorted; going back twice leaves out one place twice
+    for start, end in trainer["left_out"]:  # sorted; going back twice leaves out one place twice
         if data and start <= data[-1][1]:
             data[-1][1] = max(data[-1][1], end)
         else:

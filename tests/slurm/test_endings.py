@@ -1,5 +1,6 @@
 """How runs on the cluster end that do not go on by themselves: without progress, by a person, or by what is wrong."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
     run.dir.config_path.write_text(config.replace("lr: 0.01", "lr: 0.02"))
     assert run.dir.config_path.read_text() != config
     ranks[1].kill()
+    run.python.remove(killed)
     run.wait_for_end("FAILED")
     assert [end["action"] for end in run.attempts("attempt_end")] == ["requeue", "stop"]
     assert run.attempts("attempt_end")[-1]["outcome"]["exit_code"] == 2
@@ -47,7 +49,6 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
     assert len(run.events("start")) == 1
 
     run.dir.config_path.write_text(config)
-    run.python.remove(killed)
     run.steppe("resume", run.dir.path, "--nodes", 2)
     run.wait_until_held(13, start=2)
     assert run.events("start")[-1]["step"] == 5
@@ -74,7 +75,7 @@ def test_a_chain_goes_on_where_nothing_may_be_requeued(
     run = ClusterRun(cluster, tmp_path, [told, killed], requeue=False)
     run.submit("58m", "--nodes", 2, "--chain", 4, *settings)
     run.wait_until_held(8, start=1)
-    cluster.ask("scancel", "--batch", "--signal=USR1", run.running())
+    run.tell(signal.SIGUSR1)
     run.wait_for_attempts(1, "signal")
     run.python.remove(told)
     run.wait_until_held(13, start=2)[1].kill()

@@ -170,7 +170,7 @@ def one_attempt(*signals: str, status: str | None = None, action: str = "requeue
         (("USR1",), "stopped", True, "time limit"),
         (("time",), "stopped", True, "time limit"),
         (("TERM",), "stopped", True, "preempted"),
-        (("TERM",), None, True, "preempted"),
+        (("TERM",), None, True, "preempted or node lost"),
         (("TERM",), "stopped", False, "cancelled"),
         ((), None, True, "node lost"),
         ((), "failed", True, "failed"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.run_folder import LockedError, locked
+from launch.run_folder import SWEEP_NAME, LockedError, check_run, locked
 from pretrain.run_dir import RunDir
 
 
@@ -47,3 +47,17 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="No locks available: the file system must have locks"), locked(RunDir(tmp_path)):
         pass
+
+
+def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nosuch is not a run: there is no such folder"):
+        check_run(RunDir(tmp_path / "nosuch"))
+    with pytest.raises(ValueError, match="is not a run: config.yaml is missing in it"):
+        check_run(RunDir(tmp_path))
+    (tmp_path / SWEEP_NAME).touch()
+    for point in ("1_seed=1", "0_seed=0"):
+        (tmp_path / point).mkdir()
+        (tmp_path / point / "config.yaml").touch()
+    with pytest.raises(ValueError, match="is a sweep, of several runs: name one of them, such as .*/0_seed=0$"):
+        check_run(RunDir(tmp_path))
+    check_run(RunDir(tmp_path / "0_seed=0"))

@@ -138,6 +138,13 @@ def test_binding_reaches_threads_that_are_there_and_children_to_come() -> None:
     assert sorted(os.sched_getaffinity(0)) == allowed
 
 
+def test_a_thread_that_ends_meanwhile_is_no_matter() -> None:
+    """It is listed, and gone by the time it would be bound."""
+    gone = "import os\nlisted = os.listdir\nos.listdir = lambda path: ['4194304', *listed(path)]\n"  # above all ids
+    words = [sys.executable, "-c", gone + BOUND, "0", "1"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 def test_every_rank_has_a_gpus_address_or_none() -> None:
     addresses = gpu_addresses(16)
     assert len(addresses) == 16

@@ -7,7 +7,7 @@ import pytest
 
 from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig
 from pretrain.optimizers import OPTIMIZERS
-from pretrain.recipe import apply_overrides, dump_config, load_config
+from pretrain.recipe import apply_overrides, check_unchanged, dump_config, load_config
 from pretrain.resume_policy import RESUME_POLICY, changes, check_allowed, check_resume, flat, resume_policy
 from pretrain.schedule import SHAPES
 from tests.small_run import RECIPE, small_config
@@ -21,6 +21,17 @@ def test_every_recipe_is_valid_and_survives_a_round_trip(recipe: Path, tmp_path:
     dump_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert config.name == recipe.stem
+
+
+def test_a_config_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    dump_config(small_config(), path)
+    check_unchanged(path)
+    path.write_text(path.read_text().replace("seed: 0", "seed: 7"))
+    with pytest.raises(ValueError, match="was changed by hand.*put it back.*change a run with --set KEY=VALUE"):
+        check_unchanged(path)
+    path.write_text("seed: 7\n")  # one that it never wrote
+    check_unchanged(path)
 
 
 def test_there_are_recipes_for_all_sizes() -> None:

@@ -37,12 +37,14 @@ def test_events_keep_every_digit_and_a_torn_line_is_left_out(tmp_path: Path) -> 
     assert [event["type"] for event in read_events(tmp_path / "events.jsonl")] == ["step", "evaluation"]
 
 
-def test_a_torn_line_takes_no_other_along(tmp_path: Path) -> None:
+def test_a_line_that_is_torn_or_no_event_takes_no_other_along(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for kind in ("a", "b"):
         with open_events(run) as events:
             events.write(event_line(kind, {}))
             events.write('{"type": "torn')
+    with open_events(run) as events:
+        events.write('[1]\n{"type": "no time"}\n')
     assert [event["type"] for event in read_events(run.events_path)] == ["a", "b"]
 
 

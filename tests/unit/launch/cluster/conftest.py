@@ -15,9 +15,9 @@ import yaml
 from launch.cluster.freeze import FOLDERS, ROOT
 from tests.conftest import Corpus, environment
 from tests.slurm.cluster import Cluster, wait_for
-from tests.slurm.conftest import cluster, started_cluster
+from tests.slurm.conftest import cluster, slurm, started_cluster
 
-__all__ = ["cluster", "started_cluster"]
+__all__ = ["cluster", "slurm", "started_cluster"]
 
 WriteProfile = Callable[..., Path]
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import xxhash
 
-from launch.cluster.job import PORTS, free_port, is_done
+from launch.cluster.job import PORTS, free_port, is_done, tasks_left
 from launch.cluster.profile import ClusterProfile
 from launch.cluster.record import JobRecord, append_attempt, read_attempts
 from launch.run_folder import locked
@@ -41,9 +42,9 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def supervise(run: RunDir) -> "subprocess.CompletedProcess[str]":
+def supervise(run: RunDir, **variables: str) -> "subprocess.CompletedProcess[str]":
     words = [sys.executable, "-P", "-m", "launch.cluster.job", str(run.path)]
-    environment = {**os.environ, **IN_A_JOB}
+    environment = {**os.environ, **IN_A_JOB, **variables}
     return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env=environment)
 
 
@@ -55,6 +56,19 @@ def test_a_config_that_was_changed_is_refused_for_good(slurm_here: Cluster, run:
     assert (end["action"], end["outcome"]["exit_code"]) == ("stop", 2)
     assert Outcome.read(run).exit_code == 2
     assert [line["type"] for line in read_attempts(run)] == ["submitted", "attempt", "attempt_end"]
+
+
+def test_ranks_are_not_started_only_to_be_stopped(slurm_here: Cluster, run: RunDir) -> None:
+    record = JobRecord.read(run)
+    digest = xxhash.xxh3_64_hexdigest(run.config_path.read_bytes())
+    record.model_copy(update={"config": digest}).write(run)
+    run.stop_path.touch()
+    done = supervise(run)
+    assert done.returncode == 75, done.stderr
+    (end,) = read_attempts(run, "attempt_end")
+    assert (end["action"], end["why"], end["outcome"]["status"]) == ("stop", "a person asked for it", "stopped")
+    assert [line["type"] for line in read_attempts(run)] == ["submitted", "attempt", "attempt_end"]
+    assert run.stop_path.exists(), "whoever starts it by hand finds it stopped again"
 
 
 def test_a_run_that_is_complete_is_left_alone(run: RunDir) -> None:
@@ -80,6 +94,33 @@ def test_a_folder_that_was_not_submitted(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "was not submitted to a cluster" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_error_of_ours_is_not_taken_for_wrong_input(run: RunDir, tmp_path: Path) -> None:
+    """A retry may help: exit code 1. Such as without Slurm's commands, or with variables that make no sense."""
+    done = supervise(run, PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "steppe: scontrol is not on this machine: run this where Slurm is, on a login node\n"
+    done = supervise(run, SLURM_RESTART_COUNT="many")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    run.job_path.write_text("{")
+    done = supervise(run)
+    assert done.returncode == 2
+    assert "is damaged" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "left"),
+    [
+        ({}, None),
+        ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_MAX": "5"}, 3),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MAX": "5"}, 0),
+        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MAX": "3"}, 0),
+    ],
+)
+def test_what_is_left_of_a_chain_is_what_slurm_says(variables: dict[str, str], left: int | None) -> None:
+    assert tasks_left(variables) == left
 
 
 def test_a_run_is_complete_for_the_job_that_completed_it(run: RunDir) -> None:

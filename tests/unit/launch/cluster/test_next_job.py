@@ -1,6 +1,9 @@
 """What a job asks of Slurm when it is through, of a real one; and of one that is away for a while."""
 
 import os
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,22 +14,27 @@ from launch.cluster.profile import ClusterProfile
 from launch.cluster.record import JobRecord
 from launch.cluster.signals import Told
 from launch.cluster.slurm import Slurm, SlurmError, SlurmRefusedError
+from launch.run_folder import recipe_path
+from pretrain.recipe import dump_config, load_config
 from pretrain.run_dir import RunDir
 from tests.slurm.cluster import Cluster, wait_for
 
 SLEEP = "#!/bin/bash\n#SBATCH --output=/dev/null\n#SBATCH --time=5\n{}\nsleep 300\n"
 
 
-def following(queue_id: str, array: str = "", tasks_left: int | None = None, told: Told | None = None) -> NextJob:
-    record = JobRecord(
+def as_submitted(slurm_timeout_seconds: float = 20.0) -> JobRecord:
+    return JobRecord(
         cluster="virtual",
-        profile=ClusterProfile(slurm_timeout_seconds=20),
+        profile=ClusterProfile(slurm_timeout_seconds=slurm_timeout_seconds),
         nodes=1,
         gpus_per_node=0,
         ranks_per_node=1,
         signal_lead_seconds=60,
     )
-    return NextJob(RunDir(Path("/nowhere")), record, told or Told(), queue_id, array or queue_id, tasks_left)
+
+
+def following(queue_id: str, array: str = "", tasks_left: int | None = None, told: Told | None = None) -> NextJob:
+    return NextJob(RunDir(Path("/nowhere")), as_submitted(), told or Told(), queue_id, array or queue_id, tasks_left)
 
 
 def test_a_task_is_requeued_alone(slurm_here: Cluster) -> None:
@@ -86,5 +94,66 @@ def test_but_not_for_ever(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nor_after_a_term(calls: Path) -> None:
-    following("12", told=Told(term=True)).requeue()
+    """Neither once more nor after a pause: somebody has ended this job, who may not want it again."""
+    job = following("12", tasks_left=3, told=Told(term=True))
+    job.requeue()
+    job.end_chain()
+    job.resubmit(["n2"], 60.0)
+    assert not calls.exists()
+
+
+def test_a_term_is_seen_in_a_pause(calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_job, "PAUSES_SECONDS", (60.0, 60.0))
+    told, began = Told(), time.monotonic()
+    threading.Timer(0.5, lambda: setattr(told, "term", True)).start()
+    following("12", told=told).requeue()
+    assert time.monotonic() - began < 30
     assert len(calls.read_text().splitlines()) == 1
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    """A run whose job was submitted as an array of 5."""
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    dump_config(load_config(recipe_path("58m"), ["data={sources: [{name: a, path: /a}]}"]), run.config_path)
+    as_submitted().model_copy(update={"chain": 5, "job_ids": ("12",)}).write(run)
+    run.script_path.write_text("as it was")
+    return run
+
+
+def answer(folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str) -> Path:
+    """Slurm's commands, of which sbatch does this and the others nothing; returns the file that lists them."""
+    asked = folder / "asked"
+    for name, does in {"sbatch": sbatch, "scontrol": "exit 0", "scancel": "exit 0"}.items():
+        tool = folder / name
+        tool.write_text(f'#!/bin/sh\ncat >/dev/null\necho {name} "$@" >>{asked}\n{does}\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return asked
+
+
+def test_a_job_that_may_submit_none_goes_on_as_it_was_submitted(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run.job_path.read_text()
+    asked = answer(tmp_path, monkeypatch, "echo sbatch: error: Access denied >&2; exit 1")
+    replace(following("12_2", "12", tasks_left=3), run=run).resubmit(["n2"], 60.0)
+    assert (run.job_path.read_text(), run.script_path.read_text()) == (before, "as it was")
+    assert [line.split()[0] for line in asked.read_text().splitlines()] == ["sbatch"], "the rest of the chain goes on"
+    replace(following("12"), run=run).resubmit(["n2"], 60.0)
+    assert asked.read_text().splitlines()[-1] == "scontrol requeue 12"
+
+
+def test_a_submission_without_an_answer_may_have_been_one(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the job neither requeues itself nor leaves its chain, which the other could meet."""
+    asked = answer(tmp_path, monkeypatch, "exec sleep 60")
+    job = replace(following("12_2", "12", tasks_left=3), run=run, record=as_submitted(slurm_timeout_seconds=1.0))
+    as_submitted(slurm_timeout_seconds=1.0).model_copy(update={"chain": 5, "job_ids": ("12",)}).write(run)
+    with pytest.raises(SlurmError, match="no answer in 1 s.*see if its job is queued"):
+        job.resubmit(["n2"], 60.5)
+    assert [line.split()[0] for line in asked.read_text().splitlines()] == ["sbatch", "scancel"]
+    record = JobRecord.read(run)
+    assert (record.chain, record.exclude, record.signal_lead_seconds) == (3, ("n2",), 61), "it would read that"

@@ -14,7 +14,7 @@ from launch.cluster.container import LOCAL_FOLDER
 from launch.cluster.preflight import (
     STAGES,
     Findings,
-    Report,
+    RankReport,
     further,
     judge_preflight,
     new_folder,
@@ -31,9 +31,11 @@ NODES = ["n1", "n2", "n3", "n4"]
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0"}
 
 
-def reports(**changes: dict[str, object]) -> dict[int, Report]:
+def reports(**changes: dict[str, object]) -> dict[int, RankReport]:
     """Of two ranks on each of four nodes, all well but for the changes, by "r" and the rank."""
-    well = {rank: Report(rank, NODES[rank // 2], "summed", clock=1000.0, all_reduce_seconds=0.1) for rank in range(8)}
+    well = {
+        rank: RankReport(rank, NODES[rank // 2], "summed", clock=1000.0, all_reduce_seconds=0.1) for rank in range(8)
+    }
     for rank in range(0, 8, 2):
         well[rank] = replace(well[rank], versions=VERSIONS)
     for name, change in changes.items():
@@ -41,7 +43,7 @@ def reports(**changes: dict[str, object]) -> dict[int, Report]:
     return well
 
 
-def found(told: dict[int, Report]) -> Findings:
+def found(told: dict[int, RankReport]) -> Findings:
     return judge_preflight(NODES, 2, told, LIMITS)
 
 
@@ -67,8 +69,8 @@ def test_other_versions(other: dict[str, str | None]) -> None:
 
 def test_of_two_nodes_the_first_is_right() -> None:
     told = {
-        0: Report(0, "n1", "summed", versions={"torch": "1"}),
-        1: Report(1, "n2", "summed", versions={"torch": "2"}),
+        0: RankReport(0, "n1", "summed", versions={"torch": "1"}),
+        1: RankReport(1, "n2", "summed", versions={"torch": "2"}),
     }
     assert list(judge_preflight(["n1", "n2"], 1, told, LIMITS).bad) == ["n2"]
 
@@ -126,7 +128,7 @@ def test_whatever_is_told_some_nodes_are_left_and_nothing_bad_is_missed(
     told: dict[int, tuple[str, str, float | None]],
 ) -> None:
     all_reports = {
-        rank: Report(rank, NODES[rank // 2], stage, problem=problem, clock=clock)
+        rank: RankReport(rank, NODES[rank // 2], stage, problem=problem, clock=clock)
         for rank, (stage, problem, clock) in told.items()
     }
     findings = found(all_reports)
@@ -140,11 +142,11 @@ def test_reports_are_files(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     folder = new_folder(run)
     assert folder == preflight_folder(run)
-    report = Report(3, "n2", "came")
+    report = RankReport(3, "n2", "came")
     report.write(folder)
     assert further(report, "sound", folder, versions=VERSIONS).stage == "sound"
     report_path(folder, 2).write_text('{"rank": 2, "no')
-    assert read_reports(folder, 8) == {3: Report(3, "n2", "sound", versions=VERSIONS)}
+    assert read_reports(folder, 8) == {3: RankReport(3, "n2", "sound", versions=VERSIONS)}
     assert list(new_folder(run).iterdir()) == []
 
 
@@ -152,8 +154,10 @@ def test_reports_are_files(tmp_path: Path) -> None:
 
 
 def test_disks_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LOCAL_FOLDER, str(tmp_path / "not" / "yet" / "made"))
+    local = tmp_path / "not" / "yet" / "made"
+    monkeypatch.setenv(LOCAL_FOLDER, str(local))
     assert preflight_rank.problem_of_node(tmp_path, 1.0, 0) == ""
+    assert local.stat().st_mode & 0o777 == 0o700
     said = preflight_rank.problem_of_node(tmp_path, 1e18, 0)
     assert str(tmp_path) in said
     assert "1e+09 GB are asked for" in said

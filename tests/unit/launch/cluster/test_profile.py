@@ -82,6 +82,7 @@ WRONG = {
     "sbatch_options: ['--signal=B:TERM@1']": "--signal is set by `signal_lead_seconds`",
     "sbatch_options: ['--output=x']": "--output is set by Steppe",
     "signal_lead_seconds: 0": "signal_lead_seconds=0",
+    "sbatch_options: [--batch=big]": "--batch is set by Steppe, whose batch script runs on the first node",
     "launcher: mpirun": "launcher='mpirun'",
     "preflight: {seconds: -1}": "preflight.seconds=-1",
     "[]": "is not a profile: expected a mapping",

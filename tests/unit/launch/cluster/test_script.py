@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch.cluster.environment import COLLECTIVE_TIMEOUT, job_environment, job_folders
+from launch.cluster.environment import job_environment, job_folders
 from launch.cluster.profile import PROFILES, ClusterProfile, load_profile
 from launch.cluster.record import JobRecord
 from launch.cluster.script import check_folder, expanded, options, render, render_sweep, sbatch_quoted
-from pretrain import device
+from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
 from pretrain.run_dir import RunDir
 
 EVERYTHING: dict[str, Any] = {
@@ -27,6 +27,7 @@ EVERYTHING: dict[str, Any] = {
     "cpus_per_rank": 3,
     "sbatch_options": ["--contiguous", '--comment=it\'s "here"'],
 }
+ENVIRONMENT = job_environment(ClusterProfile(), 1800.0)
 
 
 def record(nodes: int = 2, chain: int = 1, ranks_per_node: int = 4, gpus: int = 0, **profile: Any) -> JobRecord:
@@ -55,7 +56,7 @@ def bash(script: str, *words: str) -> "subprocess.CompletedProcess[bytes]":
 def test_every_profile_makes_a_script(name: str) -> None:
     profile = load_profile(name).model_dump()
     for job in (record(**profile), record(chain=3, **profile)):
-        script = render(job, RunDir(Path("/a run/$(touch x)")), "name")
+        script = render(job, RunDir(Path("/a run/$(touch x)")), "name", ENVIRONMENT)
         assert bash(script, "-n").stderr == b""
         assert script.endswith('exec "$python" -P -m launch.cluster.job "$run"\n')
 
@@ -125,7 +126,7 @@ def test_a_folder_that_would_not_come_through(character: str) -> None:
 
 def test_a_sweeps_script_finds_its_point() -> None:
     points = [RunDir(Path(f"/sweep/{number}_name='x'")) for number in range(3)]
-    script = render_sweep(record(**EVERYTHING), Path("/sweep"), points, 2, "name")
+    script = render_sweep(record(**EVERYTHING), Path("/sweep"), points, 2, "name", ENVIRONMENT)
     assert "#SBATCH --array=0-2%2" in script
     head = script[: script.index("exec >>")]
     said = bash(f'SLURM_ARRAY_TASK_ID=1\n{head}\nprintf %s "$run"').stdout.decode()
@@ -134,12 +135,12 @@ def test_a_sweeps_script_finds_its_point() -> None:
 
 def test_the_profile_goes_before_the_defaults() -> None:
     plain = ClusterProfile()
-    assert job_environment(plain)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-    assert job_environment(plain)["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
+    assert job_environment(plain, 0.0)["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert job_environment(plain, 0.0)["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
     mine = ClusterProfile(
         environment={"PYTORCH_ALLOC_CONF": "", "TRITON_CACHE_DIR": "/mine"}, network_interface="ib0", cpus_per_rank=6
     )
-    told = job_environment(mine)
+    told = job_environment(mine, 0.0)
     assert told["PYTORCH_ALLOC_CONF"] == ""
     assert told["NCCL_SOCKET_IFNAME"] == told["GLOO_SOCKET_IFNAME"] == "ib0"
     assert told["OMP_NUM_THREADS"] == "6"
@@ -147,17 +148,57 @@ def test_the_profile_goes_before_the_defaults() -> None:
     assert told["TRITON_CACHE_DIR"] == "/mine"
 
 
-def test_ranks_read_the_time_out_that_the_job_sets() -> None:
-    assert device.COLLECTIVE_TIMEOUT == COLLECTIVE_TIMEOUT
+@pytest.mark.parametrize(
+    ("of_profile", "hang_seconds", "expected"),
+    [(2400, 0.0, "2400"), (2400, 1800.0, "2400"), (2400, 30.0, "2400"), (2400, 7200.0, "7320"), (60, 30.0, "1920")],
+)
+def test_collectives_outlast_the_watchdog(of_profile: int, hang_seconds: float, expected: str) -> None:
+    profile = ClusterProfile(collective_timeout_seconds=of_profile)
+    assert job_environment(profile, hang_seconds)[COLLECTIVE_TIMEOUT] == expected
+
+
+# What a site's files and a profile's lines do to a job, up to where its environment is set.
+FAILING = {
+    "site": ("false\nmodule() { :; }", {"modules": ["a"]}, 0, ""),
+    "module": (
+        "module() { return 3; }",
+        {"modules": ["a b"]},
+        3,
+        "module load a b failed, and the job ends",
+    ),
+    "setup": (
+        "",
+        {"setup": [": fine", "test -d /no/such"]},
+        1,
+        "setup: test -d /no/such failed, and the job ends",
+    ),
+    "guarded": ("", {"setup": ["false || true", "if false; then :; fi"]}, 0, ""),
+}
+
+
+@pytest.mark.parametrize("case", FAILING)
+def test_a_job_ends_by_our_lines_and_not_by_the_sites(case: str, tmp_path: Path) -> None:
+    init, profile, code, said = FAILING[case]
+    (tmp_path / "modules.sh").write_text(init)
+    script = render(record(**profile), RunDir(Path("/run")), "name", ENVIRONMENT).replace(
+        "/etc/profile.d", str(tmp_path)
+    )
+    done = bash("unset -f module\nSLURM_JOB_ID=1\n" + script[: script.index("\nexport STEPPE_CODE")] + "\nexit 9")
+    assert done.stderr.decode() == (f"steppe: {said}\n" if said else "")
+    assert done.returncode == (code or 9), "9: it came to where the training begins"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("chain", [1, 3])
 def test_shellcheck_finds_nothing(chain: int, tmp_path: Path) -> None:
+    everything = job_environment(ClusterProfile.model_validate(EVERYTHING), 1800.0)
+    container = record(container={"runtime": "pyxis", "image": "i"})
+    points = [RunDir(Path("/a/b c"))]
     for name, script in {
-        "one": render(record(chain=chain, **EVERYTHING), RunDir(Path("/a 'run")), "name"),
-        "sweep": render_sweep(record(**EVERYTHING), Path("/a"), [RunDir(Path("/a/b c"))], None, "name"),
-        "plain": render(record(), RunDir(Path("/run")), "name"),
+        "one": render(record(chain=chain, **EVERYTHING), RunDir(Path("/a 'run")), "name", everything),
+        "sweep": render_sweep(record(**EVERYTHING), Path("/a"), points, None, "name", everything),
+        "plain": render(record(), RunDir(Path("/run")), "name", ENVIRONMENT),
+        "container": render(container, RunDir(Path("/run")), "name", ENVIRONMENT),
     }.items():
         path = tmp_path / name
         path.write_text(script)

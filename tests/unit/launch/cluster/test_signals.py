@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from launch.cluster.rank import pid_path
+from launch.cluster.rank import pid_path, write_pid
 from launch.cluster.signals import Told, ask_rank_0, catches
 from pretrain.run_dir import RunDir
 
@@ -30,7 +31,7 @@ def started(run: RunDir, code: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
-    pid_path(run).write_text(f"n1 {process.pid}\n")
+    pid_path(run).write_text(f"{process.pid}\n")
     return process
 
 
@@ -46,26 +47,41 @@ def restored_handlers() -> Iterator[None]:
 def test_rank_0_is_asked(run: RunDir) -> None:
     with started(run, LISTENS) as process:
         assert catches(process.pid, signal.SIGUSR1)
-        assert ask_rank_0(run, "n1")
+        ask_rank_0(run)
         assert process.wait(20) == 7
     assert not catches(process.pid, signal.SIGUSR1), "it is gone"
-    assert ask_rank_0(run, "n1"), "and to ask it again is no error"
+    ask_rank_0(run)  # and to ask it again is no error
 
 
 def test_a_rank_that_does_not_listen_yet_is_let_be(run: RunDir) -> None:
-    assert ask_rank_0(run, "n1"), "it has not said who it is"
+    ask_rank_0(run)  # it has not said who it is
     with started(run, DEAF) as process:
-        assert ask_rank_0(run, "n1")
+        ask_rank_0(run)
+        time.sleep(0.2)
         assert process.poll() is None
         process.kill()
         assert process.wait(20) == -signal.SIGKILL
 
 
-def test_a_rank_on_another_node_is_out_of_reach(run: RunDir) -> None:
-    with started(run, LISTENS) as process:
-        assert not ask_rank_0(run, "n2")
-        assert process.poll() is None
-        process.kill()
+@pytest.mark.parametrize("text", ["", "n1", "12 34"])
+def test_a_rank_that_is_about_to_say_who_it_is(run: RunDir, text: str) -> None:
+    """As a file system shows it that has made the file and not yet filled it."""
+    pid_path(run).write_text(text)
+    ask_rank_0(run)
+
+
+def test_a_rank_says_who_it_is_at_once(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    replace = os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        seen.append((Path(source).read_text(), Path(target).exists()))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replaced)
+    write_pid(run)
+    assert seen == [(f"{os.getpid()}\n", False)]
+    assert pid_path(run).read_text() == f"{os.getpid()}\n"
 
 
 @pytest.mark.usefixtures("restored_handlers")

@@ -112,5 +112,5 @@ def test_a_line_of_squeue() -> None:
 
 def test_what_is_left_of_the_environment() -> None:
     dropped = {"SLURM_JOB_ID": "1", "SBATCH_QOS": "x", "PYTHONPATH": "/old", "CUDA_VISIBLE_DEVICES": "0"}
-    kept = {"SLURM_CONF": "/etc/slurm.conf", "PATH": "/bin", "BASH_FUNC_module%%": "() { :; }"}
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "PATH": "/bin", "BASH_FUNC_module%%": "() { :; }"}
     assert clean_environment(dropped | kept) == kept

@@ -18,7 +18,7 @@ from launch.cluster.profile import ClusterProfile
 from launch.cluster.record import JobRecord
 from launch.cluster.slurm import Job, Slurm, SlurmError
 from launch.cluster.slurm_view import SlurmView, is_of
-from launch.cluster.status import Watched
+from launch.cluster.status import WatchedRun
 from launch.cluster.sweep import Point, Sweep
 from launch.cluster.sweep_status import WatchedSweep
 from launch.status_view import duration, run_view, sweep_view
@@ -75,7 +75,7 @@ def text_of(view: object) -> str:
 
 
 def test_a_run_that_is_lost(trained: tuple[RunDir, MadeUpRun]) -> None:
-    found = Watched(trained[0].path).look()
+    found = WatchedRun(trained[0].path).look()
     assert (found.state, found.step, found.total_steps, found.job_id) == ("lost", 5, 8, None)
     assert found.checkpoint is not None
     assert found.checkpoint["step"] == 5
@@ -90,7 +90,7 @@ def test_a_run_that_is_lost(trained: tuple[RunDir, MadeUpRun]) -> None:
 def test_a_run_under_way(trained: tuple[RunDir, MadeUpRun]) -> None:
     """Its launcher holds the lock; each look reads what is new."""
     run, made = trained
-    watched = Watched(run.path)
+    watched = WatchedRun(run.path)
     assert watched.look().state == "lost"
     with open(run.lock_path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,7 +113,8 @@ def test_looking_does_not_keep_a_run_from_starting(trained: tuple[RunDir, MadeUp
     run, _ = trained
     run.lock_path.touch()
     code = (
-        f"from pathlib import Path\nfrom launch.cluster.status import Watched\nw = Watched(Path({str(run.path)!r}))\n"
+        "from pathlib import Path\nfrom launch.cluster.status import WatchedRun\n"
+        f"w = WatchedRun(Path({str(run.path)!r}))\n"
     )
     looker = subprocess.Popen(
         [sys.executable, "-P", "-c", code + "print('up', flush=True)\nwhile True: w.look()"], stdout=-1
@@ -133,14 +134,14 @@ def test_looking_does_not_keep_a_run_from_starting(trained: tuple[RunDir, MadeUp
 def test_how_a_local_run_ended(trained: tuple[RunDir, MadeUpRun]) -> None:
     run, _ = trained
     Outcome("failed", 1, 5, "rank 1 was killed by SIGKILL").write(run)
-    found = Watched(run.path).look()
+    found = WatchedRun(run.path).look()
     assert (found.state, found.why) == ("failed", "rank 1 was killed by SIGKILL")
     assert [(row["ended"], row["why"]) for row in found.attempts] == [("failed", "rank 1 was killed by SIGKILL")]
 
 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a run: config.yaml is missing in it"):
-        Watched(tmp_path)
+        WatchedRun(tmp_path)
 
 
 def test_a_run_of_tokens_knows_what_is_left(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_a_run_of_tokens_knows_what_is_left(tmp_path: Path) -> None:
     for _ in range(4):
         made.makes_step(2.0)
     made.write_to(run)
-    found = Watched(run.path).look()
+    found = WatchedRun(run.path).look()
     assert (found.state, found.tokens, found.total_tokens) == ("training", 40, 100)
     assert found.eta_seconds == pytest.approx(12)
     assert "4, 40 of 100 tokens (40.0%)" in text_of(run_view(found))
@@ -164,7 +165,7 @@ def test_a_pending_job_and_its_end(slurm_here: Cluster, tmp_path: Path) -> None:
     made = MadeUpRun(cluster=True, now=time.time() - 50)
     made.submitted(0.0)
     made.write_to(run)
-    watched = Watched(run.path)
+    watched = WatchedRun(run.path)
     found = watched.look()
     assert (found.state, found.job_id) == ("queued", job_id)
     assert found.why.startswith("held: ")
@@ -180,7 +181,7 @@ def test_a_job_that_runs_is_asked_to_stop_or_killed(slurm_here: Cluster, tmp_pat
     run = folder(tmp_path / "run")
     job_id = Slurm().sbatch(SLEEP.format(""))
     with_job(run, job_id)
-    watched = Watched(run.path)
+    watched = WatchedRun(run.path)
     wait_for("its start", lambda: watched.look().state == "starting")
     assert watched.look().nodes[0].startswith("n")
     done = cancel_run(run.path, now=False)
@@ -207,7 +208,7 @@ def test_without_an_answer_from_slurm(
     made.write_to(run)
     with_job(run, "7")
     began = time.monotonic()
-    found = Watched(run.path, Slurm(timeout_seconds=1.0)).look()
+    found = WatchedRun(run.path, Slurm(timeout_seconds=1.0)).look()
     assert time.monotonic() - began < 10
     assert (found.state, found.step) == ("training", 1)
     assert found.notes[0].startswith("Slurm does not answer, so this is what the files say: squeue")

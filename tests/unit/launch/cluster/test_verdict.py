@@ -19,6 +19,7 @@ SITUATIONS = st.builds(
     Situation,
     outcome=st.sampled_from([DONE, STOPPED, FAILED, WRONG]),
     signal=st.sampled_from([None, "USR1", "time", "TERM"]),
+    stop_asked=st.booleans(),
     bad_nodes=st.sampled_from([(), ("n2",), ("n2", "n7")]),
     without_progress=st.integers(0, 6),
     max_without_progress=st.integers(1, 4),
@@ -28,6 +29,7 @@ SITUATIONS = st.builds(
 FAILS = Situation(
     outcome=FAILED,
     signal=None,
+    stop_asked=False,
     bad_nodes=(),
     without_progress=1,
     max_without_progress=3,
@@ -41,12 +43,13 @@ def test_a_job_goes_on_only_where_it_may(now: Situation) -> None:
     verdict = judge(now)
     if verdict.action in GOES_ON:
         assert now.signal != "TERM"
+        assert not now.stop_asked, "a person's stop is for good, whatever else has happened"
         assert now.outcome not in (DONE, WRONG)
         assert now.without_progress < now.max_without_progress
         assert (verdict.action == "next") <= bool(now.tasks_left)
         assert now.tasks_left or (now.tasks_left is None and now.may_requeue)
         assert (verdict.action == "resubmit") == bool(now.bad_nodes)
-        assert now.outcome != STOPPED or now.signal is not None, "a person's stop is for good"
+        assert now.outcome != STOPPED or now.signal is not None, "so is one that only the ranks have seen"
     assert (verdict.action == "slurm") <= (now.signal == "TERM")
     assert verdict.why
     assert "\n" not in verdict.why
@@ -62,11 +65,21 @@ def test_the_exit_code_says_how_the_attempt_ended(now: Situation) -> None:
 
 
 @given(now=SITUATIONS)
+def test_a_stop_that_was_asked_for_stops_what_is_not_done(now: Situation) -> None:
+    verdict = judge(replace(now, stop_asked=True))
+    if now.outcome == DONE:
+        assert verdict.action == "done"
+    else:
+        assert verdict.action == ("slurm" if now.signal == "TERM" and now.outcome != WRONG else "stop")
+
+
+@given(now=SITUATIONS)
 def test_who_may_go_on_does(now: Situation) -> None:
     """What the first test allows is also what happens: nobody has to wake up at night for it."""
     allowed = now.tasks_left or (now.tasks_left is None and now.may_requeue)
     asked = now.outcome == FAILED or (now.outcome == STOPPED and now.signal in ("USR1", "time"))
-    if now.signal != "TERM" and asked and allowed and now.without_progress < now.max_without_progress:
+    may = now.signal != "TERM" and not now.stop_asked
+    if may and asked and allowed and now.without_progress < now.max_without_progress:
         assert judge(now).action in GOES_ON
 
 
@@ -80,6 +93,10 @@ def test_who_may_go_on_does(now: Situation) -> None:
         ({"signal": "TERM"}, "slurm", 1),
         ({"outcome": DONE, "signal": "TERM"}, "done", 0),
         ({"outcome": STOPPED}, "stop", 75),
+        ({"stop_asked": True}, "stop", 1),
+        ({"outcome": STOPPED, "signal": "USR1", "stop_asked": True}, "stop", 75),
+        ({"outcome": STOPPED, "signal": "TERM", "stop_asked": True}, "slurm", 75),
+        ({"bad_nodes": ("n2",), "stop_asked": True}, "stop", 1),
         ({"outcome": WRONG}, "stop", 2),
         ({"bad_nodes": ("n2",)}, "resubmit", 1),
         ({"without_progress": 3}, "stop", 1),

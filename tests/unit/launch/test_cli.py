@@ -1,0 +1,30 @@
+"""The words of a command that are wrong: one line on stderr, and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("train", "Missing argument 'recipe'. (see steppe train --help)"),
+        ("train x --nproc two", "Invalid value for '--nproc': Input should be a valid integer"),
+        ("train x --bogus", "No such option: --bogus (see steppe train --help)"),
+        ("nosuch", "No such command 'nosuch'. (see steppe --help)"),
+    ],
+)
+def test_usage_errors_are_one_line(words: str, said: str) -> None:
+    program = f"import sys; sys.argv = ['steppe', *{words.split()}]; from launch.cli import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"steppe: {said}")
+
+
+def test_help_is_no_error() -> None:
+    program = "import sys; sys.argv = ['steppe', '--help']; from launch.cli import main; main()"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: steppe" in done.stdout
