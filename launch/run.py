@@ -42,6 +42,7 @@ def resume(
     check_ranks(change.new, ranks)
     check_device(change.new, ranks)
     check_stop_after(stop_after)
+    check_no_job(run)
     with locked(run):
         change.make()
         begun = times_begun(run)
@@ -51,6 +52,20 @@ def resume(
             change.take_back()
             print("nothing was trained: the run's config is as it was before", file=sys.stderr)
         return outcome
+
+
+def check_no_job(run: RunDir) -> None:
+    """Raise ValueError if a job of the run waits or runs, as far as Slurm can be asked here."""
+    if not run.job_path.is_file():
+        return
+    from launch.cluster.record import JobRecord
+    from launch.cluster.resume import check_no_job as check_queue
+    from launch.cluster.slurm import NoSlurmError, SlurmError
+
+    try:
+        check_queue(run, JobRecord.read(run))
+    except (NoSlurmError, SlurmError) as error:
+        print(f"steppe: whether a job of this run waits could not be found out: {error}", file=sys.stderr)
 
 
 def times_begun(run: RunDir) -> int:

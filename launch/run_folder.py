@@ -150,11 +150,17 @@ def locked(run: RunDir, patience_seconds: float = 0.0) -> Iterator[None]:
 
     Raises LockedError if another process holds it for longer than the patience, OSError where files cannot be locked.
     """
-    deadline = time.monotonic() + patience_seconds
+    deadline, said = time.monotonic() + patience_seconds, False
     with open(run.lock_path, "w", encoding="utf-8") as lock:
         while not _lock(run, lock):
             if time.monotonic() >= deadline:
                 raise LockedError(f"{run.path} is being trained in by another process: wait for it, or stop it")
+            if not said:
+                print(
+                    f"waiting for {run.path}, in which another process trains, for {patience_seconds:.0f} s at most",
+                    file=sys.stderr,
+                )
+                said = True
             time.sleep(LOOK_AGAIN_SECONDS)
         yield
 

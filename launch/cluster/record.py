@@ -57,10 +57,16 @@ class JobRecord(Section):
 
     @classmethod
     def read(cls, run: RunDir) -> "JobRecord":
-        """Raises ValueError if the run was never submitted to a cluster."""
+        """Raises ValueError if the run was never submitted to a cluster, or the record is damaged."""
         if not run.job_path.is_file():
             raise ValueError(f"{run.path} was not submitted to a cluster: {run.job_path.name} is missing in it")
-        return cls.model_validate(read_json(run.job_path))
+        try:
+            return cls.model_validate(read_json(run.job_path))
+        except ValueError:  # of JSON, or of what is in it
+            raise ValueError(
+                f"{run.job_path} is damaged: restore it, or move it away and go on with `steppe resume {run.path} "
+                "--cluster PROFILE --nodes N`"
+            ) from None
 
     def write(self, run: RunDir) -> None:
         write_json(run.job_path, self.model_dump(mode="json"))

@@ -10,7 +10,9 @@ from launch.cluster.slurm import Slurm, SlurmRefusedError
 from launch.cluster.submit import Request, check_paths, script_of, submit_prepared, tested
 from launch.run_checks import check_ranks
 from launch.run_folder import checked_change, locked
+from pretrain.config import RunConfig
 from pretrain.run_dir import RunDir
+from pretrain.schedule import finished
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def resume(run_dir: Path, overrides: list[str], allowed: list[str], again: Again
     check_ranks(change.new, record.ranks)
     check_paths(record, change.new, run)
     check_no_job(run, record)
+    check_not_finished(change.new, run)
     tested(record, script_of(record, run, change.new))
     with locked(run):
         change.make()
@@ -68,6 +71,20 @@ def resume(run_dir: Path, overrides: list[str], allowed: list[str], again: Again
             if change.differences:  # no job trains with them: the run stays what it was
                 change.take_back()
             raise
+
+
+def check_not_finished(config: RunConfig, run: RunDir) -> None:
+    """Raise ValueError if the newest checkpoint is the end of the run: no nodes are taken for nothing."""
+    from pretrain.checkpoint.folder import newest_checkpoint
+    from pretrain.checkpoint.index import read_index
+
+    newest = newest_checkpoint(run.checkpoints)
+    trainer = read_index(newest).trainer if newest is not None else None
+    if trainer is not None and finished(config.schedule, trainer["step"], trainer["tokens"]):
+        raise ValueError(
+            f"{run.path} is complete at step {trainer['step']}: to train for longer, raise schedule.total_steps (or "
+            "total_tokens) with --set"
+        )
 
 
 def check_no_job(run: RunDir, record: JobRecord) -> None:

@@ -30,6 +30,14 @@ def test_a_run_without_a_job_is_told_so(tmp_path: Path) -> None:
         JobRecord.read(RunDir(tmp_path))
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"cluster": "x"}', "not JSON"])
+def test_a_damaged_record_is_told_with_what_to_do(tmp_path: Path, text: str) -> None:
+    run = RunDir(tmp_path)
+    run.job_path.write_text(text)
+    with pytest.raises(ValueError, match="job.json is damaged: restore it, or move it away and go on with `steppe res"):
+        JobRecord.read(run)
+
+
 def test_attempts_come_back_in_order(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert read_attempts(run) == []

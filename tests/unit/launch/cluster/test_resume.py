@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from launch.cluster.record import JobRecord, read_attempts
-from launch.cluster.resume import Again, resume
+from launch.cluster.resume import Again, check_not_finished, resume
 from launch.cluster.slurm import Slurm
+from launch.run import resume as resume_here
+from pretrain.recipe import load_config
 from pretrain.run_dir import RunDir
 from tests.slurm.cluster import Cluster, wait_for
+from tests.tiny_run import write_run
 from tests.unit.launch.cluster.conftest import Submit, WriteProfile, probe
 
 pytestmark = pytest.mark.slow
@@ -24,6 +27,8 @@ def test_on_other_nodes_and_by_todays_code(
         ValueError, match=f"has job {first} in the queue .*: wait for it, or end it with `steppe cancel"
     ):
         resume(run.path, [], [], Again(nodes=1))
+    with pytest.raises(ValueError, match=f"has job {first} in the queue"):
+        resume_here(run.path, [], [], 2, None)
     probe(run.path)
     wait_for("its end", lambda: all(job.is_over for job in Slurm().squeue(first)))
     (run.code / "launch" / "cluster" / "job.py").unlink()
@@ -44,6 +49,16 @@ def test_on_other_nodes_and_by_todays_code(
     configs = [line["config"] for line in read_attempts(run, "submitted")]
     assert configs[0] != configs[1]
     Slurm().cancel(str(record.job_id))
+
+
+def test_a_complete_run_takes_no_nodes(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=(10, 30))
+    config = load_config(run.config_path)
+    with pytest.raises(ValueError, match="is complete at step 30: to train for longer, raise schedule.total_steps"):
+        check_not_finished(config, run)
+    longer = config.schedule.model_copy(update={"total_steps": 31})
+    check_not_finished(config.model_copy(update={"schedule": longer}), run)
+    check_not_finished(config, RunDir(tmp_path / "new"))
 
 
 def test_a_run_that_had_no_job(tmp_path: Path) -> None:
