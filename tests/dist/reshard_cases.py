@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from data_pipeline.order import Stage
+from pretrain.batches import Batches
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig
@@ -22,7 +23,6 @@ from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.parallel_dims import ParallelDims
 from pretrain.schedule import learning_rate
 from pretrain.state import TrainState
-from pretrain.train import open_loader
 from tests.dist.reshard_pairs import LAYOUTS, LOADS, SAME, SAVED_AFTER, STEPS, Load, SavedLayout
 
 FOLDER = Path(os.environ["RESHARD_FOLDER"])
@@ -67,9 +67,9 @@ def started(layout: SavedLayout) -> tuple[RunConfig, ParallelDims, Engine]:
 def steps(engine: Engine, config: RunConfig, dims: ParallelDims, state: TrainState, until: int) -> list[list[float]]:
     """[loss, grad_norm] of each step from where the state is. Data and learning rate follow from the state alone."""
     curve = []
-    with closing(open_loader(config, state, dims)) as loader:
+    with closing(Batches(config, state, dims, host_group())) as batches:
         while state.step < until:
-            status = agree(engine.train_step(next(loader), learning_rate(config, state.step, state.tokens)))
+            status = agree(engine.train_step(next(batches), learning_rate(config, state.step, state.tokens)))
             state.advance(config.batch.global_batch_size, config.data.sequence_length)
             curve.append([status.loss, status.grad_norm])
     return curve

@@ -18,8 +18,8 @@ class Fault:
 
     nan: a gradient is not a number on this rank. raise: it raises inside backward. hang: it sleeps for ever in its
     step. hold: it waits before its step until the fault is taken away. hold save: and before it writes its part of
-    the checkpoint of that step. slow: the step takes `seconds` more. garbage: the targets of steps that begin at
-    `positions` make no sense.
+    the checkpoint of that step. slow: no step begins sooner than `seconds` after the one before. garbage: the targets
+    of steps that begin at `positions` make no sense.
     """
 
     what: Literal["nan", "raise", "hang", "hold", "hold save", "slow", "garbage"]

@@ -31,6 +31,8 @@ RANKS = 4  # one a node
 SPARE_NODES = 1  # so that the run goes on when a node is gone
 TIME_LIMIT_MINUTES = 3
 HANG_SECONDS = 60
+LEAST_STEP_SECONDS = 2.0
+LEAST_STEPS = 130  # a time limit's worth, and all that happens afterwards
 BATCH = 8  # sequences
 # Settings of the model that the longest tests take: the same story in less time for a step.
 TINY = (
@@ -64,8 +66,8 @@ class Sitting:
             "preflight": {"free_gigabytes": 0.5},
         }
         self.run = ClusterRun(cluster, folder, **profile)
-        if model == "tiny":  # whose steps take no time: there must be some in which things can happen
-            self.run.python.add(Fault("slow", rank=0, seconds=1.0))
+        # A fast machine would be through with it before all has happened.
+        self.run.python.add(Fault("slow", rank=0, seconds=LEAST_STEP_SECONDS))
         self.settings = [
             f"data.sources=[{{name: stdlib, path: '{folder / 'data' / 'train'}'}}]",
             f"schedule={{total_steps: {steps}, warmup_steps: {steps // 10}}}",
@@ -208,7 +210,7 @@ def sit(folder: Path, model: str, steps: int) -> Sitting:
 def main(
     folder: Annotated[Path | None, typer.Option(help="A new folder; by default one under the temporary ones.")] = None,
     model: Annotated[str, typer.Option(help="demo: 10 M parameters. tiny: 50 thousand.")] = "demo",
-    steps: Annotated[int, typer.Option(min=100)] = 150,
+    steps: Annotated[int, typer.Option(min=LEAST_STEPS)] = 150,
 ) -> None:
     reason = why_not()
     if reason is not None:

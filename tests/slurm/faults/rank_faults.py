@@ -25,6 +25,7 @@ class Faults:
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
         self.state: Any = None  # the TrainState that was made or moved last: the run's
+        self.begun = 0.0  # the last step
 
     def all(self) -> list[dict[str, Any]]:
         """What the test has written last."""
@@ -63,7 +64,7 @@ class Faults:
             for fault in self.due(step):
                 what = fault["what"]
                 if what == "slow":
-                    time.sleep(fault["seconds"])
+                    time.sleep(max(0.0, self.begun + fault["seconds"] - time.monotonic()))
                 elif what == "hold":
                     self.wait_for_release(fault)
                 elif what == "hang":
@@ -75,6 +76,7 @@ class Faults:
                 else:
                     weight = next(iter(engine.engine.module.parameters()))
                     undo.enter_context(removed(weight.register_hook(IN_BACKWARD[what])))
+            self.begun = time.monotonic()
             yield batches
 
     def position(self, engine: Any, batches: Sequence[Any]) -> int:
