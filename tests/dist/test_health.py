@@ -100,7 +100,8 @@ def test_a_checkpoint_now_and_an_end_by_files(steppe: Steppe, settings: list[str
     run.stop_path.touch()
     steppe("resume", run.path, "--stop-after", 4)  # who resumes does not want it to stop
     assert not run.stop_path.exists()
-    with subprocess.Popen(command("resume", run.path), env=environment(), stderr=subprocess.PIPE, text=True) as going:
+    long = command("resume", run.path, "--set", "schedule.total_steps=100000")  # the file is looked for now and then
+    with subprocess.Popen(long, env=environment(), stderr=subprocess.PIPE, text=True) as going:
         while read_events(run.events_path, "step")[-1]["step"] < 5:
             time.sleep(0.05)
         run.stop_path.touch()
