@@ -1,5 +1,6 @@
 """Starting and resuming a run on this machine, and what an attempt at it came to."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from pretrain.run_dir import RunDir, read_events, read_json
 
 # What torch raises where a peer is gone, among other things.
 OF_PEERS = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError"}
+# How gloo, NCCL and torch's store say that a peer is gone.
+SIGNS_OF_PEERS = re.compile(r"gloo|nccl|connection|socket|peer", re.IGNORECASE)
 # Of a rank that ended by SIGKILL without a word.
 OF_MEMORY = (
     "; if nobody killed it, the kernel did, as it does when memory runs out: `dmesg` says so then, Slurm's `sacct` too "
@@ -120,7 +123,7 @@ def failure(run: RunDir, error: RanksError | StoppedError) -> Outcome:
         return Outcome("failed", EXIT_FAILED, last_step(run), message)
     path, first = said[0]
     message = " ".join(first["message"].split())
-    if complaints:  # their words are of sockets and addresses
+    if complaints and SIGNS_OF_PEERS.search(message):  # words of addresses and source files
         message = f"rank {rank_of(path)} lost touch with another"
     if first["type"] == "CheckpointError":
         message += f"; put that right, then go on from the checkpoint before with: steppe resume {run.path}"

@@ -128,6 +128,7 @@ class Cluster:
         for number in range(1, self.nodes + 1):
             if not self._is_up(number):
                 self.start_node(number)
+        wait_for("the queue to be empty", lambda: not self.ask("squeue", "--noheader"))
         wait_for("all nodes to be idle", lambda: self.idle_nodes() == self.nodes)
 
     def _is_up(self, number: int) -> bool:

@@ -37,6 +37,7 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
 
     # An edit of the frozen config is found by the next attempt, which nobody wanted to be another run.
     ranks = run.wait_until_held(8, start=1)
+    run.wait_for("the save of step 5", (run.dir.checkpoints / "step_00000005").is_dir)
     config = run.dir.config_path.read_text()
     run.dir.config_path.write_text(config.replace("lr: 0.01", "lr: 0.02"))
     assert run.dir.config_path.read_text() != config

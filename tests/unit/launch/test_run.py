@@ -64,6 +64,15 @@ def test_a_killed_rank_leads_its_peers_complaint(run: RunDir) -> None:
     assert outcome.message.startswith("rank 1 was killed by SIGKILL; go on with: steppe resume")
 
 
+def test_a_lost_peer_is_told_without_addresses_and_an_error_of_ours_in_its_own_words(run: RunDir) -> None:
+    rank_said(run, 1, "RuntimeError", "[/src/gloo/pair.cc:537] Read error [10.0.0.3]:4711", 1)
+    told = failure(run, RanksError(1, None)).message
+    assert told == f"RuntimeError: rank 1 lost touch with another (traceback in {run.rank_log(1)})"
+    rank_said(run, 0, "RuntimeError", "the matrix is singular", 1)
+    os.utime(run.rank_error(0), ns=(0, 0))
+    assert failure(run, RanksError(0, None)).message.startswith("RuntimeError: the matrix is singular")
+
+
 def test_a_crash_names_its_log(run: RunDir) -> None:
     rank_said(run, 3, "ZeroDivisionError", "division by zero", 1)
     message = failure(run, RanksError(3, None)).message
