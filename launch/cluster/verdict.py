@@ -60,7 +60,7 @@ def judge(now: Situation) -> Verdict:
     if now.signal == "TERM":
         how = "checkpointed" if stopped else "before it could checkpoint"
         return Verdict("slurm", code, f"cancelled or preempted, {how}; Slurm requeues it if it was preempted")
-    if now.stop_asked or (stopped and now.signal is None):
+    if now.stop_asked:
         return Verdict(
             "stop", code, "a person asked for it" + ("" if stopped else ", and it failed before it had saved")
         )
@@ -71,7 +71,9 @@ def judge(now: Situation) -> Verdict:
             f"no progress: {now.without_progress} attempts in a row have ended without a newer checkpoint "
             f"(max_restarts_without_progress is {now.max_without_progress})",
         )
-    return _go_on(now, code, "its time was over" if stopped else "it failed, and another attempt may not")
+    if stopped:  # by a stray signal to its ranks, if neither by this job nor by a person's file
+        return _go_on(now, code, "its time was over" if now.signal else "its ranks were told to stop by somebody else")
+    return _go_on(now, code, "it failed, and another attempt may not")
 
 
 def _go_on(now: Situation, code: int, why: str) -> Verdict:

@@ -117,8 +117,8 @@ def test_a_run_starts_from_the_weights_of_another(
 
 
 def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
-    """The ranks under a launcher."""
-    return psutil.Process(process.pid).children(recursive=True)
+    """The ranks under a launcher; each has a watchdog beneath it."""
+    return psutil.Process(process.pid).children()
 
 
 @pytest.fixture
@@ -180,11 +180,7 @@ def test_a_signal_finishes_the_step_checkpoints_and_exits_75(
 def test_sigkill_of_one_rank_is_named_and_resumes_exactly(
     started: "subprocess.Popen[str]", undisturbed: Path, steppe: Steppe, tmp_path: Path
 ) -> None:
-    (rank,) = [
-        process
-        for process in psutil.Process(started.pid).children(recursive=True)
-        if process.environ().get("RANK") == "1"
-    ]
+    (rank,) = [process for process in ranks_of(started) if process.environ().get("RANK") == "1"]
     others = [process for process in ranks_of(started) if process != rank]
     rank.kill()
     for other in others:

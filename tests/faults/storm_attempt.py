@@ -91,11 +91,12 @@ class Attempt:
         return found
 
     def ranks(self) -> list[psutil.Process]:
-        """The ranks, in the order of their numbers."""
+        """The ranks, in the order of their numbers; not their watchdogs."""
         numbered = []
         for process in self.processes():
             with suppress(*GONE):
-                if process.pid != self.process.pid and (number := process.environ().get("RANK")) is not None:
+                number = process.environ().get("RANK") if process.pid != self.process.pid else None
+                if number is not None and "watchdog_process" not in " ".join(process.cmdline()):
                     numbered.append((int(number), process.pid, process))
         return [process for _, _, process in sorted(numbered)]
 

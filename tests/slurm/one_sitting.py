@@ -38,6 +38,7 @@ BATCH = 8  # sequences
 TINY = (
     "model={hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, ffn_size: 48}",
     "data.sequence_length=64",
+    "optimizer.lr=1e-2",
 )
 # Of each type of event, what is shown.
 SHOWN = {

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+LARGE_PRIME = 7919  # which divides no vocabulary's size: different targets stay different
+
 
 class Faults:
     """What befalls this rank, step by step."""
@@ -72,7 +74,7 @@ class Faults:
                         time.sleep(3600)
                 elif what == "garbage":
                     if self.position(engine, batches) in range(*fault["positions"]):
-                        batches = [garbage(batch) for batch in batches]
+                        batches = [garbage(batch, engine.config.model.vocab_size) for batch in batches]
                 else:
                     weight = next(iter(engine.engine.module.parameters()))
                     undo.enter_context(removed(weight.register_hook(IN_BACKWARD[what])))
@@ -105,10 +107,11 @@ def raising(gradient: Any) -> Any:
 IN_BACKWARD = {"nan": not_a_number, "raise": raising}
 
 
-def garbage(batch: Any) -> Any:
-    """The batch with one and the same target everywhere: a loss far above what the model has come to."""
+def garbage(batch: Any, vocab_size: int) -> Any:
+    """The batch with another target in the place of each: mostly rare ones for frequent ones, and so a loss far above
+    what the model has come to."""
     targets = batch.targets.copy()
-    targets[targets >= 0] = 1
+    targets[targets >= 0] = (targets[targets >= 0] * LARGE_PRIME + 1) % vocab_size
     return replace(batch, targets=targets)
 
 

@@ -49,7 +49,6 @@ def test_a_job_goes_on_only_where_it_may(now: Situation) -> None:
         assert (verdict.action == "next") <= bool(now.tasks_left)
         assert now.tasks_left or (now.tasks_left is None and now.may_requeue)
         assert (verdict.action == "resubmit") == bool(now.bad_nodes)
-        assert now.outcome != STOPPED or now.signal is not None, "so is one that only the ranks have seen"
     assert (verdict.action == "slurm") <= (now.signal == "TERM")
     assert verdict.why
     assert "\n" not in verdict.why
@@ -77,7 +76,7 @@ def test_a_stop_that_was_asked_for_stops_what_is_not_done(now: Situation) -> Non
 def test_who_may_go_on_does(now: Situation) -> None:
     """What the first test allows is also what happens: nobody has to wake up at night for it."""
     allowed = now.tasks_left or (now.tasks_left is None and now.may_requeue)
-    asked = now.outcome == FAILED or (now.outcome == STOPPED and now.signal in ("USR1", "time"))
+    asked = now.outcome in (FAILED, STOPPED)
     may = now.signal != "TERM" and not now.stop_asked
     if may and asked and allowed and now.without_progress < now.max_without_progress:
         assert judge(now).action in GOES_ON
@@ -92,7 +91,8 @@ def test_who_may_go_on_does(now: Situation) -> None:
         ({"outcome": STOPPED, "signal": "TERM"}, "slurm", 75),
         ({"signal": "TERM"}, "slurm", 1),
         ({"outcome": DONE, "signal": "TERM"}, "done", 0),
-        ({"outcome": STOPPED}, "stop", 75),
+        ({"outcome": STOPPED}, "requeue", 75),
+        ({"outcome": STOPPED, "stop_asked": True}, "stop", 75),
         ({"stop_asked": True}, "stop", 1),
         ({"outcome": STOPPED, "signal": "USR1", "stop_asked": True}, "stop", 75),
         ({"outcome": STOPPED, "signal": "TERM", "stop_asked": True}, "slurm", 75),
