@@ -146,9 +146,9 @@ def dump_config(config: RunConfig, path: Path) -> None:
 
 
 def check_unchanged(path: Path) -> None:
-    """Raise ValueError if a config that `dump_config` wrote is not as it wrote it."""
+    """Raise ValueError if a run's config is not as `dump_config` wrote it, its last line included."""
     text, seal, fingerprint = path.read_text(encoding="utf-8").partition(SEAL)
-    if seal and fingerprint.strip() != xxhash.xxh3_64_hexdigest(text.encode()):
+    if not seal or fingerprint.strip() != xxhash.xxh3_64_hexdigest(text.encode()):
         raise ValueError(
             f"{path} was changed by hand, so what the run has learnt by is not on record: put it back (index.json of "
             "the newest checkpoint holds it, too), and change a run with --set KEY=VALUE"

@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import xxhash
-
 from launch.cluster.clock import Clock, Stopwatch
 from launch.cluster.next_job import NextJob
 from launch.cluster.preflight import Findings, judge_preflight, new_folder, read_reports, slowest_all_reduce
@@ -31,6 +29,7 @@ from launch.run_folder import LockedError, locked
 from pretrain.checkpoint.folder import list_checkpoints, step_of
 from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT, Outcome
+from pretrain.recipe import check_unchanged
 from pretrain.run_dir import RunDir
 
 # The ranks of an attempt whose first node went down may still be there, and a file system may keep a dead node's locks.
@@ -92,13 +91,11 @@ class Supervisor:
         return self._act(verdict, findings)
 
     def _changed_config(self) -> Outcome | None:
-        if self.record.config == xxhash.xxh3_64_hexdigest(self.run.config_path.read_bytes()):
-            return None
-        message = (
-            f"{self.run.config_path} was changed since it was submitted: put it back, and change a run with "
-            f"steppe resume {self.run.path} --set KEY=VALUE"
-        )
-        return Outcome("failed", EXIT_WRONG_INPUT, last_step(self.run), message)
+        try:
+            check_unchanged(self.run.config_path)
+        except ValueError as error:
+            return Outcome("failed", EXIT_WRONG_INPUT, last_step(self.run), str(error))
+        return None
 
     def _preflight(self) -> Findings:
         limits, started, folder = self.record.profile.preflight, time.monotonic(), new_folder(self.run)
@@ -267,7 +264,7 @@ def is_done(run: RunDir, job_id: str) -> bool:
 
 
 def supervise(run: RunDir, told: Told) -> int:
-    """The batch script's exit code. Raises LockedError, SlurmError, NoSlurmError, OSError."""
+    """The batch script's exit code. Raises LockedError, NoSlurmError, OSError (such as SlurmError)."""
     with locked(run, LOCK_PATIENCE_SECONDS):
         if is_done(run, os.environ["SLURM_JOB_ID"]):
             print("the run is complete", file=sys.stderr)
@@ -287,7 +284,7 @@ def main() -> None:
     run = RunDir(Path(sys.argv[1]))
     try:
         sys.exit(supervise(run, told))
-    except (LockedError, SlurmError, NoSlurmError, OSError) as error:
+    except (LockedError, NoSlurmError, OSError) as error:
         print(f"steppe: {error}", file=sys.stderr)
         sys.exit(EXIT_FAILED)
 

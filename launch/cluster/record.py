@@ -5,7 +5,7 @@ import os
 import time
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from launch.cluster.profile import ClusterProfile
 from pretrain.config import Section
@@ -24,13 +24,14 @@ class JobRecord(Section):
     signal_lead_seconds: how long before the limit Slurm tells the job to stop.
     chain: jobs in a row, as an array that runs one task at a time; 1: a single job that requeues itself.
     exclude: nodes that are to be avoided.
-    config: xxh3-64 of config.yaml when a person submitted it, which a job does not start without.
     environment: variables of every process, Steppe's defaults and the profile's, as of the last submission; the batch
         script expands $run, $local_folder.
     sweep: the folder of the sweep that this run is a point of, None if it is none.
     job_ids: the jobs of this run, the newest last, as squeue and scancel take them: "12" (a chained array's: all its
         tasks), or "12_3" for a point of a sweep.
     """
+
+    model_config = ConfigDict(extra="ignore")  # an older version may have written fields that are gone since
 
     cluster: str
     profile: ClusterProfile
@@ -41,7 +42,6 @@ class JobRecord(Section):
     signal_lead_seconds: int = Field(gt=0)
     chain: int = Field(default=1, gt=0)
     exclude: tuple[str, ...] = ()
-    config: str = ""
     environment: dict[str, str] = Field(default_factory=dict)
     sweep: str | None = None
     job_ids: tuple[str, ...] = ()

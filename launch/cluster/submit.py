@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from launch.cluster.environment import job_environment, job_folders
 from launch.cluster.freeze import freeze
 from launch.cluster.profile import ClusterProfile, load_profile, time_limit_seconds
@@ -165,8 +163,7 @@ def recorded(run: RunDir, record: JobRecord, environment: Mapping[str, str]) -> 
     environment: as `job_environment` gives it.
     """
     variables = dict(environment) | job_folders(record.profile)
-    config = record.config or xxhash.xxh3_64_hexdigest(run.config_path.read_bytes())
-    record = record.model_copy(update={"environment": variables, "config": config})
+    record = record.model_copy(update={"environment": variables})
     run.logs.mkdir(exist_ok=True)
     record.write(run)
     return record
@@ -183,7 +180,6 @@ def queued(run: RunDir, record: JobRecord, job_id: str, why: str) -> JobRecord:
         nodes=record.nodes,
         ranks=record.ranks,
         cluster=record.cluster,
-        config=record.config,
         why=why,
     )
     return record

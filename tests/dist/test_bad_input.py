@@ -12,6 +12,7 @@ import torch
 from pretrain.checkpoint.folder import newest_checkpoint
 from pretrain.checkpoint.index import read_index
 from tests.conftest import Corpus, Steppe
+from tests.small_disk import mount, unmount
 
 pytestmark = pytest.mark.slow
 
@@ -160,14 +161,9 @@ def test_a_flipped_bit_stops_all_ranks_together_with_a_checkpoint(
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system can be mounted by root only")
+    mount(disk, megabytes=3)
     yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    unmount(disk)
 
 
 def test_a_full_disk(steppe: Steppe, corpus: Corpus, small_disk: Path) -> None:

@@ -1,30 +1,24 @@
-"""A virtual cluster for the tests of this folder, skipped with the reason where none can be started.
+"""A virtual cluster for the tests of this folder, which are skipped, or fail (`lacking`), where none can be started."""
 
-STEPPE_REQUIRE_SLURM=1, which CI sets, makes such a skip a failure.
-"""
-
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import Corpus, Steppe
+from tests.required import lacking
 from tests.slurm.cluster import Cluster, why_not
 
 NODES = 4
 STEPS = 40
-REQUIRED = "STEPPE_REQUIRE_SLURM"
 
 
 @pytest.fixture(scope="session")
 def slurm() -> None:
     """A virtual cluster can be started here."""
     reason = why_not()
-    if reason is not None and os.environ.get(REQUIRED) == "1":
-        pytest.fail(f"{REQUIRED}=1, but {reason}")
     if reason is not None:
-        pytest.skip(reason)
+        lacking(reason)
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
     run.wait_for_end("FAILED")
     assert [end["action"] for end in run.attempts("attempt_end")] == ["requeue", "stop"]
     assert run.attempts("attempt_end")[-1]["outcome"]["exit_code"] == 2
-    assert "config" in run.attempts("attempt_end")[-1]["outcome"]["message"]
+    assert "config.yaml was changed by hand" in run.attempts("attempt_end")[-1]["outcome"]["message"]
     assert len(run.events("start")) == 1
 
     run.dir.config_path.write_text(config)

@@ -27,7 +27,7 @@ class MadeUpRun:
         self.events.append({"type": kind, "time": self.now, **fields})
 
     def submitted(self, waits: float, why: str = "submit") -> None:
-        self.write("submitted", job_id="7", nodes=1, ranks=2, cluster="here", config="0", why=why)
+        self.write("submitted", job_id="7", nodes=1, ranks=2, cluster="here", why=why)
         self.passes("queued", waits)
 
     def attempt(self, step: int, starts: float, checks: float = 0.0, bad: dict[str, str] | None = None) -> None:

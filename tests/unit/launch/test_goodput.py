@@ -137,7 +137,7 @@ def test_nodes_that_are_bad_are_no_crash() -> None:
     run = MadeUpRun(cluster=True)
     run.submitted(5.0)
     run.attempt(0, 4.0, checks=2.0, bad={"n1": "its clock is 9 s late"})
-    run.write("submitted", job_id="8", nodes=1, ranks=2, cluster="here", config="0", why="bad nodes n1")
+    run.write("submitted", job_id="8", nodes=1, ranks=2, cluster="here", why="bad nodes n1")
     run.verdict("failed", "resubmit", 1.0, "starting")
     run.passes("queued", 10.0)
     run.attempt(0, 4.0)

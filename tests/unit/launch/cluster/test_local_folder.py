@@ -11,10 +11,17 @@ from launch.cluster import preflight_rank
 from launch.cluster.container import LOCAL_FOLDER
 from launch.cluster.local_folder import problem_of_local_folder
 from pretrain.run_dir import RunDir, read_json
+from tests.required import lacking
 from tests.unit.launch.cluster.test_rank import TASK
 
 NOBODY = 65534
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root, to give a folder away")
+
+
+@pytest.fixture
+def as_root() -> None:
+    """A folder can be given away here."""
+    if os.geteuid() != 0:
+        lacking("it takes root to give a folder away")
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def test_without_one_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert problem_of_local_folder() == ""
 
 
-@as_root
+@pytest.mark.usefixtures("as_root")
 def test_another_users_is_refused(local: Path) -> None:
     local.mkdir(parents=True)
     os.chown(local, NOBODY, NOBODY)
@@ -50,7 +57,7 @@ def test_another_users_is_refused(local: Path) -> None:
     assert preflight_rank.problem_of_node(local, 0.0, 0) == said, "and so is the node"
 
 
-@as_root
+@pytest.mark.usefixtures("as_root")
 def test_nor_is_another_users_link_followed(local: Path) -> None:
     local.parent.mkdir()
     (local.parent / "mine").mkdir(mode=0o700)

@@ -7,7 +7,7 @@ import pytest
 
 from launch.cluster.profile import ClusterProfile
 from launch.cluster.record import JobRecord, append_attempt, read_attempts
-from pretrain.run_dir import RunDir
+from pretrain.run_dir import RunDir, write_json
 
 RECORD = JobRecord(
     cluster="here",
@@ -23,6 +23,13 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     RECORD.write(run)
     assert JobRecord.read(run) == RECORD
     assert (RECORD.ranks, RECORD.job_id) == (12, None)
+
+
+def test_a_record_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """It held a fingerprint of the config, which the config's own last line holds now."""
+    run = RunDir(tmp_path)
+    write_json(run.job_path, {**RECORD.model_dump(mode="json"), "config": "0123456789abcdef"})
+    assert JobRecord.read(run) == RECORD
 
 
 def test_a_run_without_a_job_is_told_so(tmp_path: Path) -> None:

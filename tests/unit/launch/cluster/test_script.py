@@ -15,6 +15,7 @@ from launch.cluster.record import JobRecord
 from launch.cluster.script import check_folder, expanded, options, render, render_sweep, sbatch_quoted
 from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
 from pretrain.run_dir import RunDir
+from tests.required import lacking
 
 EVERYTHING: dict[str, Any] = {
     "partition": "main",
@@ -188,9 +189,10 @@ def test_a_job_ends_by_our_lines_and_not_by_the_sites(case: str, tmp_path: Path)
     assert done.returncode == (code or 9), "9: it came to where the training begins"
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("chain", [1, 3])
 def test_shellcheck_finds_nothing(chain: int, tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        lacking("shellcheck is not installed: apt-get install shellcheck")
     everything = job_environment(ClusterProfile.model_validate(EVERYTHING), 1800.0)
     container = record(container={"runtime": "pyxis", "image": "i"})
     points = [RunDir(Path("/a/b c"))]
