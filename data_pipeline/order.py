@@ -3,22 +3,19 @@
 Nothing but the position is ever stored. The number of ranks, the micro-batch and a resume do not enter.
 
 Two levels. The *mixture* says which source serves a position, and how many of its samples were served before: its
-*ordinal*. The *source order* says which window the ordinal is: shuffle blocks are permuted, then the windows within
-each group of K permuted blocks, so that whoever reads on works in K places of the disk at a time.
+*ordinal*. The *source order* says which sample the ordinal is. A stage changes the weights or the sequence length at
+any position, and a source that has been read often enough leaves the mixture; nothing is lost or repeated by either.
 """
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from data_pipeline.permutation import derive_key, mix, permute, unpermute
-
-MIXTURE_BLOCK = 4096
-"""M: within each M positions of a stage every source has exactly its share."""
+from data_pipeline.mixture import Mixture
+from data_pipeline.samples import Extents
+from data_pipeline.source_order import OrderedSource, SourceOrder
 
 
 @dataclass(frozen=True)
@@ -27,206 +24,168 @@ class Stage:
 
     start: int
     weights: dict[str, float]
+    sequence_length: int
+    """T: the most tokens of a sample."""
+    max_epochs: dict[str, int] = field(default_factory=dict)
+    """Epochs after which a source has no weight any more, counted over all stages. Part of the stage, so that a later
+    change of mind leaves alone what was served before. A source that is not named has no end."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """Who serves each of n positions: int64 arrays `(n,)` each."""
+
+    source: np.ndarray
+    """Place in `SampleOrder.sources`."""
+    epoch: np.ndarray
+    """Of that source."""
+    cut: np.ndarray
+    """Which of the source's ways of being cut the number is of, see `SampleOrder.extents`."""
+    number: np.ndarray
+
+
+@dataclass(frozen=True)
+class Consumed:
+    """What a source has served. Of one that is no longer given, only the samples are known."""
+
+    samples: int
+    tokens: int | None
+    """That fed the model."""
+    epochs: float | None
 
 
 class SampleOrder:
     """See the module. Equal arguments give equal orders, on any machine; sources are known by name, never by place."""
 
     def __init__(
-        self, windows: Mapping[str, int], block_windows: int, group_blocks: int, seed: int, stages: Sequence[Stage]
+        self, sources: Mapping[str, OrderedSource], group_blocks: int, seed: int, stages: Sequence[Stage]
     ) -> None:
         """Describe the order.
 
         Args:
-            windows: windows of each source, by name.
-            block_windows: W, windows of a shuffle block; a source's last block may be shorter.
-            group_blocks: K, blocks whose windows are shuffled among each other.
+            sources: by name.
+            group_blocks: K, shuffle blocks whose samples are shuffled among each other.
             seed: of the run.
             stages: by ascending start, the first at position 0. A stage may start anywhere: sources go on from where
                 they were.
 
         Raises:
-            ValueError: the stages are out of order, name an unknown or empty source, or have an unusable weight.
+            ValueError: the stages are out of order, name an unknown or empty source, have an unusable weight, or a
+                source cannot be cut for a stage's sequence length.
         """
-        assert block_windows > 0
-        assert group_blocks > 0
-        self.sources = tuple(sorted(windows))
-        """What the numbers in `samples` stand for."""
-        self._orders = [_SourceOrder(name, windows[name], block_windows, group_blocks, seed) for name in self.sources]
+        self.sources = tuple(sorted(sources))
+        """What the numbers in `Picked.source` stand for."""
+        self._orders = {name: SourceOrder(name, sources[name], group_blocks, seed) for name in self.sources}
+        self._seed = seed
         starts = [stage.start for stage in stages]
         if not starts or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
             raise ValueError(f"stages start at {starts}, but the first must start at 0 and each later than the last")
         for name in stages[-1].weights:
-            if not windows.get(name):
-                state = "has no full window of data" if name in windows else "is not among data.sources"
-                raise ValueError(f"the mixture names source {name!r}, which {state}: remove it or give it data")
-        self._starts = np.array(starts)
-        self._mixtures: list[_Mixture] = []
+            if name not in sources:
+                raise ValueError(
+                    f"the mixture names source {name!r}, which is not among data.sources: remove it or give it data"
+                )
+        self._stages: list[Stage] = []
+        self._mixtures: list[Mixture] = []
         consumed: dict[str, int] = {}
-        for number, stage in enumerate(stages):
-            mixture = _Mixture(stage, consumed, seed)
+        for stage, end in itertools.zip_longest(stages, starts[1:]):
+            consumed = self._add(stage, consumed, end)
+        self._starts = np.array([stage.start for stage in self._stages])
+
+    def _add(self, stage: Stage, consumed: dict[str, int], end: int | None) -> dict[str, int]:
+        """Add a stage, and those that begin because a source leaves it before `end`. Samples consumed before `end`."""
+        while True:
+            served, leaving = self._served(stage, consumed)
+            mixture = Mixture(stage.start, served, consumed, self._seed)
+            self._stages.append(replace(stage, weights=served))
             self._mixtures.append(mixture)
-            if number + 1 < len(stages):
-                consumed = mixture.consumed_before(stages[number + 1].start)
+            leaves = min((mixture.position_after(name, last) for name, last in leaving.items()), default=end)
+            if leaves is None or (end is not None and leaves >= end):
+                return mixture.consumed_before(end) if end is not None else {}
+            consumed = mixture.consumed_before(leaves)
+            stage = replace(stage, start=leaves)
 
-    def samples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Who serves each position: source (place in `sources`), epoch and window, int64 arrays `(n,)` each.
+    def _served(self, stage: Stage, consumed: dict[str, int]) -> tuple[dict[str, float], dict[str, int]]:
+        """Weights of the sources of a stage that are not at their end, and the last ordinals of those that have one."""
+        if not stage.weights:
+            raise ValueError("a stage of the mixture has no source: give at least one a weight")
+        served, leaving = dict(stage.weights), {}
+        for name in sorted(stage.weights):
+            if name in self._orders:
+                self._orders[name].recut(consumed.get(name, 0), stage.sequence_length)
+            if name in stage.max_epochs:
+                if name not in self._orders:
+                    raise ValueError(
+                        f"source {name!r} was to be read {stage.max_epochs[name]} times at most, but is not among "
+                        "data.sources now: keep it there, if without weight, since its end shaped the order"
+                    )
+                last = self._orders[name].end_of(stage.max_epochs[name]) - 1
+                if last < consumed.get(name, 0):
+                    del served[name]
+                else:
+                    leaving[name] = last
+        return served, leaving
 
-        Cheapest for many positions a call.
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What holds from each position on, with the stages that begin where a source leaves.
+
+        A source that has left has no weight; a stage without weights begins where none is left.
+        """
+        return tuple(self._stages)
+
+    @property
+    def ends_at(self) -> int | None:
+        """The first position without a sample, since no source is left; None: there is none."""
+        return next((stage.start for stage in self._stages if not stage.weights), None)
+
+    def samples(self, positions: np.ndarray) -> Picked:
+        """Who serves these positions `(n,)`. Cheapest for many positions a call.
 
         Raises:
-            ValueError: a position belongs to an earlier stage that used a source which is no longer given.
+            ValueError: a position is past the end of all sources, or belongs to an earlier stage that used a source
+                which is no longer given.
         """
         positions = np.asarray(positions, dtype=np.int64)
-        source = np.empty(len(positions), dtype=np.int64)
-        epoch = np.empty(len(positions), dtype=np.int64)
-        sample = np.empty(len(positions), dtype=np.int64)
+        source, epoch, cut, number = (np.empty(len(positions), dtype=np.int64) for _ in range(4))
         stage_of = np.searchsorted(self._starts, positions, side="right") - 1
-        for stage in np.unique(stage_of):
+        for stage in np.unique(stage_of).tolist():
             in_stage = np.flatnonzero(stage_of == stage)
+            if not self._stages[stage].weights:
+                raise ValueError(
+                    f"position {positions[in_stage[0]]} has no sample: at position {self._stages[stage].start} all "
+                    "sources were read max_epochs times; raise it, or train for fewer steps"
+                )
             mixture = self._mixtures[stage]
             place, ordinal = mixture.ordinals(positions[in_stage])
-            for number in np.unique(place):
-                name = mixture.names[number]
-                if name not in self.sources:
+            for named in np.unique(place).tolist():
+                name = mixture.names[named]
+                if name not in self._orders:
                     raise ValueError(f"source {name!r} served these positions, but is not among data.sources now")
-                known = self.sources.index(name)
-                chosen = place == number
+                chosen = place == named
                 at = in_stage[chosen]
-                source[at] = known
-                epoch[at], sample[at] = self._orders[known].windows(ordinal[chosen])
-        return source, epoch, sample
+                source[at] = self.sources.index(name)
+                epoch[at], cut[at], number[at] = self._orders[name].pick(ordinal[chosen])
+        return Picked(source, epoch, cut, number)
 
-    def consumed_before(self, position: int) -> dict[str, int]:
-        """Samples that each source has served at the positions below this one."""
-        stage = int(np.searchsorted(self._starts, max(position - 1, 0), side="right")) - 1
-        return self._mixtures[stage].consumed_before(position)
+    def extents(self, source: int, cut: int, numbers: np.ndarray) -> Extents:
+        """Where the tokens of samples of one source and one cut lie, as `samples` gave them: numbers `(n,)`.
 
-
-class _Mixture:
-    """One stage: which source serves a position, and how many samples of that source came before."""
-
-    def __init__(self, stage: Stage, consumed: dict[str, int], seed: int) -> None:
-        self.names = sorted(set(stage.weights) | set(consumed))
-        self._start = stage.start
-        self._counts = np.array(shares(stage.weights, self.names), dtype=np.int64)
-        self._base = np.array([consumed.get(name, 0) for name in self.names], dtype=np.int64)
-        self._key = derive_key("mixture", seed, stage.start)
-        self._block = lru_cache(maxsize=8)(self._make_block)
-
-    def ordinals(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source (place in `names`) and ordinal within that source, of each position."""
-        block, offset = np.divmod(positions - self._start, MIXTURE_BLOCK)
-        place = np.empty(len(positions), dtype=np.int64)
-        earlier = np.empty(len(positions), dtype=np.int64)
-        for number in np.unique(block):
-            chosen = block == number
-            block_place, block_earlier = self._block(int(number))
-            place[chosen] = block_place[offset[chosen]]
-            earlier[chosen] = block_earlier[offset[chosen]]
-        return place, self._base[place] + block * self._counts[place] + earlier
-
-    def consumed_before(self, position: int) -> dict[str, int]:
-        """Samples that each source has served before this position of this stage, in all stages."""
-        block, offset = divmod(position - self._start, MIXTURE_BLOCK)
-        in_block = np.bincount(self._block(block)[0][:offset], minlength=len(self.names))
-        total = self._base + block * self._counts + in_block
-        return {name: int(count) for name, count in zip(self.names, total, strict=True)}
-
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each position of a mixture block: its source, and how often that source came earlier in the block.
-
-        Counting what came earlier, rather than taking the permuted slot for the ordinal, is what lets a stage end in
-        the middle of a block: what the block has served by then is always the source's first ordinals.
+        Raises:
+            ValueError: a file that says so is damaged.
         """
-        slots = permute(np.arange(MIXTURE_BLOCK), MIXTURE_BLOCK, derive_key(self._key, block))
-        place = np.searchsorted(np.cumsum(self._counts), slots, side="right")
-        by_source = np.argsort(place, kind="stable")
-        earlier = np.empty(MIXTURE_BLOCK, dtype=np.int64)
-        earlier[by_source] = np.arange(MIXTURE_BLOCK) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
-        return place, earlier
+        return self._orders[self.sources[source]].extents(cut, numbers)
 
+    def sequence_length_at(self, position: int) -> int:
+        """T of the stage that the position belongs to."""
+        return self._stages[int(np.searchsorted(self._starts, position, side="right")) - 1].sequence_length
 
-def shares(weights: Mapping[str, float], names: Sequence[str]) -> list[int]:
-    """Positions of each source in a mixture block: M split by weight, with the largest remainders rounded up.
-
-    Exact in rationals, and ties go by name, so that it is the same everywhere.
-
-    Raises:
-        ValueError: a weight is not positive, or so small that its source would never be served.
-    """
-    for name, weight in weights.items():
-        if not 0 < weight < float("inf"):
-            raise ValueError(
-                f"the weight of source {name!r} is {weight}, but weights must be positive: remove the source"
-            )
-    if not weights:
-        raise ValueError("a stage of the mixture has no source: give at least one a weight")
-    exact = {name: Fraction(weight) for name, weight in weights.items()}
-    total = sum(exact.values())
-    exact = {name: weight / total * MIXTURE_BLOCK for name, weight in exact.items()}
-    counts = {name: int(share) for name, share in exact.items()}
-    missing = MIXTURE_BLOCK - sum(counts.values())
-    for name in sorted(exact, key=lambda name: (counts[name] - exact[name], name))[:missing]:
-        counts[name] += 1
-    for name, count in counts.items():
-        if not count:
-            raise ValueError(
-                f"source {name!r} has {float(exact[name]) / MIXTURE_BLOCK:.2g} of the mixture's weight, but the "
-                f"smallest share is 1/{MIXTURE_BLOCK}: raise its weight or remove it"
-            )
-    return [counts.get(name, 0) for name in names]
-
-
-class _SourceOrder:
-    """The windows of one source, shuffled anew each epoch: ordinal -> (epoch, window).
-
-    An epoch has B = ceil(n / W) blocks, of which the last is *short* by n's deficit to B * W. At slot s of the epoch
-    stands block `permute(s)`; K slots are a group.
-    """
-
-    def __init__(self, name: str, windows: int, block_windows: int, group_blocks: int, seed: int) -> None:
-        self._name = name
-        self._seed = seed
-        self._n = windows
-        self._W = block_windows
-        self._K = group_blocks
-        self._B = -(-windows // block_windows)
-        self._deficit = self._B * block_windows - windows
-        self._epoch = lru_cache(maxsize=8)(self._make_epoch)
-
-    def _make_epoch(self, epoch: int) -> tuple[int, int, int]:
-        """Key of the blocks, key of the groups, and the slot of the short block."""
-        block_key = derive_key("blocks", self._seed, self._name, epoch)
-        group_key = derive_key("windows", self._seed, self._name, epoch)
-        return block_key, group_key, int(unpermute(np.array([self._B - 1]), self._B, block_key)[0])
-
-    def windows(self, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epoch and window of each ordinal."""
-        epoch, ordinal = np.divmod(ordinals, self._n)
-        window = np.empty_like(ordinal)
-        for number in np.unique(epoch):
-            chosen = epoch == number
-            window[chosen] = self._windows_of_epoch(ordinal[chosen], int(number))
-        return epoch, window
-
-    def _windows_of_epoch(self, ordinal: np.ndarray, epoch: int) -> np.ndarray:
-        W, K, deficit = self._W, self._K, self._deficit
-        block_key, group_key, short_slot = self._epoch(epoch)
-        short_group = short_slot // K
-        # Groups after the one with the short block start earlier by its deficit.
-        after_short = ordinal >= (short_group + 1) * K * W - deficit
-        group = (ordinal + deficit * after_short) // (K * W)
-        group_start = group * K * W - deficit * after_short
-        group_blocks = np.minimum(K, self._B - group * K)
-        has_short = group == short_group
-        group_size = group_blocks * W - deficit * has_short
-        keys = mix(np.uint64(group_key) ^ group.astype(np.uint64))
-        place = permute(ordinal - group_start, group_size, keys)
-        # Back from a place among the group's windows to slot and window: past the short block, the deficit is added.
-        short_end = (short_slot - group * K + 1) * W - deficit
-        place += deficit * (has_short & (place >= short_end))
-        slot_in_group, window_in_block = np.divmod(place, W)
-        slot, inverse = np.unique(group * K + slot_in_group, return_inverse=True)
-        block = permute(slot, self._B, block_key)
-        return block[inverse] * W + window_in_block
+    def consumed_before(self, position: int) -> dict[str, Consumed]:
+        """What each source that had a weight so far has served at the positions below this one."""
+        stage = int(np.searchsorted(self._starts, max(position - 1, 0), side="right")) - 1
+        consumed = {}
+        for name, samples in self._mixtures[stage].consumed_before(position).items():
+            known = name in self._orders
+            tokens, epochs = self._orders[name].consumed_before(samples) if known else (None, None)
+            consumed[name] = Consumed(samples, tokens, epochs)
+        return consumed

@@ -3,18 +3,21 @@
 NAME.bin    the token ids of all documents, one after another
 NAME.idx    the lengths and offsets of the documents, as Megatron's `IndexedDataset` reads them (MMIDIDX version 1)
 NAME.xxh3   xxh3-64 of each 64 KiB of NAME.bin, little-endian uint64: raw, since 20 TB have 300 million of them
+NAME.origin where each document came from (data_pipeline/origins.py); not in folders that were written without
 """
 
 import contextlib
 import os
 import struct
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import xxhash
+
+from data_pipeline.origins import ORIGIN_DTYPE
 
 HASH_BLOCK_BYTES = 64 * 1024
 DEFAULT_SHARD_BYTES = 1 << 30
@@ -38,6 +41,8 @@ class ShardInfo:
     idx_xxh3: str
     hashes_xxh3: str
     """xxh3-64 of the file of block hashes."""
+    origin_xxh3: str | None = None
+    """xxh3-64 of the file of origins; None if there is none."""
 
     @property
     def blocks(self) -> int:
@@ -46,14 +51,14 @@ class ShardInfo:
 
     def file_sizes(self) -> dict[str, int]:
         """Size in bytes of each file of the shard, by file name."""
-        return {
+        sizes = {
             f"{self.name}.bin": self.bin_bytes,
             f"{self.name}.idx": self.idx_bytes,
             f"{self.name}.xxh3": 8 * self.blocks,
         }
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        if self.origin_xxh3 is not None:
+            sizes[f"{self.name}.origin"] = ORIGIN_DTYPE.itemsize * self.documents
+        return sizes
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -85,9 +90,13 @@ class ShardWriter:
         elif self._open is not None:
             self._open.discard()
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Add documents: their tokens in one array `(sum(lengths),)`, and the number of tokens of each."""
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray | None = None) -> None:
+        """Add documents: their tokens in one array `(sum(lengths),)`, and the number of tokens of each.
+
+        origins: where each came from, `(documents,)` of ORIGIN_DTYPE; given for all documents of a shard or for none.
+        """
         assert tokens.dtype == self._dtype
+        assert origins is None or (origins.dtype == ORIGIN_DTYPE and len(origins) == len(lengths))
         ends = np.cumsum(lengths)
         assert (ends[-1] if len(ends) else 0) == len(tokens)
         document = start = 0
@@ -100,7 +109,9 @@ class ShardWriter:
             fitting = max(fitting, document + (self._open.tokens == 0))
             if fitting > document:
                 end = int(ends[fitting - 1])
-                self._open.append(tokens[start:end], lengths[document:fitting])
+                self._open.append(
+                    tokens[start:end], lengths[document:fitting], None if origins is None else origins[document:fitting]
+                )
                 document, start = fitting, end
             if document < len(lengths):
                 self.close()
@@ -119,12 +130,14 @@ class _OpenShard:
         self._name = name
         self._dtype = dtype
         self._lengths = array("i")
+        self._origins = bytearray()
         self._hashes = array("Q")
         self._pending = bytearray()
-        self._bin = _AtomicFile(folder / f"{name}.bin")
+        self._bin = AtomicFile(folder / f"{name}.bin")
 
-    def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+    def append(self, tokens: np.ndarray, lengths: np.ndarray, origins: np.ndarray | None) -> None:
         self.tokens += len(tokens)
+        self._origins += b"" if origins is None else origins.tobytes()
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self._pending += tokens.data.cast("B") if len(tokens) else b""
         if len(self._pending) >= WRITE_BYTES:
@@ -146,6 +159,9 @@ class _OpenShard:
         hashes = np.array(self._hashes, dtype="<u8").tobytes()
         write_atomically(self._folder / f"{self._name}.idx", index)
         write_atomically(self._folder / f"{self._name}.xxh3", hashes)
+        if self._origins:
+            assert len(self._origins) == ORIGIN_DTYPE.itemsize * len(self._lengths)
+            write_atomically(self._folder / f"{self._name}.origin", self._origins)
         return ShardInfo(
             name=self._name,
             tokens=self.tokens,
@@ -154,6 +170,7 @@ class _OpenShard:
             idx_bytes=len(index),
             idx_xxh3=xxhash.xxh3_64_hexdigest(index),
             hashes_xxh3=xxhash.xxh3_64_hexdigest(hashes),
+            origin_xxh3=xxhash.xxh3_64_hexdigest(self._origins) if self._origins else None,
         )
 
     def discard(self) -> None:
@@ -172,7 +189,7 @@ class _OpenShard:
         return header + lengths.tobytes() + offsets.tobytes() + documents.tobytes()
 
 
-class _AtomicFile:
+class AtomicFile:
     """A file that has its name only once it is complete and on the disk."""
 
     def __init__(self, path: Path) -> None:
@@ -180,7 +197,7 @@ class _AtomicFile:
         self._temporary = path.with_name(path.name + ".tmp")
         self._file: BinaryIO = open(self._temporary, "wb", buffering=0)  # noqa: SIM115
 
-    def write(self, content: bytes | memoryview) -> None:
+    def write(self, content: bytes | bytearray | memoryview) -> None:
         view = memoryview(content)
         while view:
             view = view[self._file.write(view) :]
@@ -196,13 +213,13 @@ class _AtomicFile:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | bytearray) -> None:
     """Write a whole file so that under its name it is there complete or not at all.
 
     Raises:
         OSError: the disk is full or the like; nothing is left behind.
     """
-    file = _AtomicFile(path)
+    file = AtomicFile(path)
     try:
         file.write(content)
         file.commit()
@@ -227,14 +244,18 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ValueError: the file is not such an index, or is damaged.
     """
-    content = path.read_bytes()
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(content: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """As `read_index`, of a file that has been read already; errors call it `name`."""
     try:
         magic, version, _, sequences, documents = INDEX_HEADER.unpack_from(content)
     except struct.error:
         magic, version, sequences, documents = b"", 0, 0, 0
     expected_bytes = INDEX_HEADER.size + 12 * sequences + 8 * documents
     if magic != INDEX_MAGIC or version != INDEX_VERSION or len(content) != expected_bytes:
-        raise ValueError(f"{path} is not a Megatron index (MMIDIDX version {INDEX_VERSION}) or is damaged")
+        raise ValueError(f"{name} is not a Megatron index (MMIDIDX version {INDEX_VERSION}) or is damaged")
     lengths = np.frombuffer(content, dtype="<i4", count=sequences, offset=INDEX_HEADER.size)
     offsets = np.frombuffer(content, dtype="<i8", count=sequences, offset=INDEX_HEADER.size + 4 * sequences)
     return lengths, offsets

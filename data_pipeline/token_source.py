@@ -1,80 +1,109 @@
-"""Windows of tokens out of a prepared data folder; nothing leaves it unverified.
+"""Runs of tokens out of a prepared data folder, here or elsewhere; nothing leaves it unverified."""
 
-Reads by `preadv` rather than through a memory map, where a truncated file is a SIGBUS instead of an error.
-"""
-
-import os
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-import xxhash
 
-from data_pipeline.config import SourceConfig
+from data_pipeline.config import CacheConfig, SourceConfig
+from data_pipeline.data_folder import OpenShard, open_folder
 from data_pipeline.manifest import Manifest
-from data_pipeline.shards import HASH_BLOCK_BYTES, ShardInfo
+from data_pipeline.shards import HASH_BLOCK_BYTES
 
 OPEN_SHARDS = 32
 """Shards held open at once. A group of shuffle blocks touches few; thousands would meet the limit on open files."""
 
 
 class TokenSource:
-    """One data folder, as windows of T + 1 tokens at stride T over the concatenation of its documents.
+    """One data folder as a token stream: the concatenation of its shards, at any place.
 
     Not for use by two threads at once.
     """
 
-    def __init__(self, source: SourceConfig, sequence_length: int, manifest: Manifest | None = None) -> None:
-        """Open a data folder. `manifest`: the folder's, if it has been loaded already, perhaps by another rank.
+    def __init__(self, path: str, manifest: Manifest | None = None, cache: CacheConfig | None = None) -> None:
+        """Take up a data folder; files of it are opened when tokens of theirs are read.
+
+        Args:
+            path: a folder, or the URL of one.
+            manifest: the folder's, if it has been loaded already, perhaps by another rank.
+            cache: where a folder that lies elsewhere is kept meanwhile.
 
         Raises:
-            ValueError: the folder is missing, unfinished or incomplete.
+            ValueError: the folder is missing or unfinished, or lies elsewhere and the cache has no folder.
         """
-        self.name = source.name
-        self.manifest = manifest or Manifest.load(source.path)
-        self.windows = max(0, self.manifest.tokens - 1) // sequence_length
-        """Full windows; the tokens of one overlap the next by one, which is target here and input there."""
-        self._folder = Path(source.path)
-        self._T = sequence_length
-        self._itemsize = self.manifest.numpy_dtype.itemsize
+        self.manifest = manifest or Manifest.load(path)
+        self.tokens = self.manifest.tokens
+        self.dtype = self.manifest.numpy_dtype
+        self._folder = open_folder(path, self.manifest, cache or CacheConfig())
         self._shards = self.manifest.shards
-        self._shard_starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        # One bit a block for all time; 20 TB of tokens have 38 MB of them.
-        self._verified = [bytearray(-(-shard.blocks // 8)) for shard in self._shards]
+        # Where each shard begins in the stream, and last where the stream ends.
+        self._starts = np.cumsum([0] + [shard.tokens for shard in self._shards])
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        # One bit a block for all time, of the shards that were touched; 20 TB of tokens have 38 MB of them.
+        self._verified: dict[int, bytearray] = {}
         self._scratch = np.empty(HASH_BLOCK_BYTES, dtype=np.uint8)
 
-    def read(self, windows: np.ndarray, out: np.ndarray) -> None:
-        """Fill `out` `(n, T + 1)`, of the manifest's dtype, with the given windows `(n,)`.
+    @property
+    def waits(self) -> int:
+        """How often a read had to wait until data was fetched from elsewhere, because no prefetch had done it."""
+        return self._folder.waits
+
+    def read(self, starts: np.ndarray, counts: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """Copy runs of tokens of the stream: `out[at[i] : at[i] + counts[i]]` becomes the i-th.
+
+        Args:
+            starts: first token of each run `(n,)`.
+            counts: tokens of each `(n,)`.
+            out: 1-D, contiguous, of the manifest's dtype.
+            at: place of each in `out` `(n,)`.
 
         Raises:
-            ValueError: a block that a window touches is not what was written, or is not there.
+            ValueError: a block that a run touches is not what was written, or is not there.
+            OSError: it cannot be had now.
         """
-        assert out.shape == (len(windows), self._T + 1)
-        assert out.dtype == self.manifest.numpy_dtype
-        starts = windows * self._T
-        shards = np.searchsorted(self._shard_starts, starts, side="right") - 1
-        offsets = (starts - self._shard_starts[shards]) * self._itemsize
-        rows = out.data.cast("B")
-        row_bytes = (self._T + 1) * self._itemsize
-        begin = 0
-        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
-            self._read_bytes(shard, offset, rows[begin : begin + row_bytes])
-            begin += row_bytes
+        assert out.ndim == 1
+        assert out.dtype == self.dtype
+        if not len(starts):
+            return
+        assert starts.min() >= 0 <= counts.min()
+        assert (starts + counts).max() <= self.tokens
+        itemsize = self.dtype.itemsize
+        shards = np.searchsorted(self._starts, starts, side="right") - 1
+        offsets = (starts - self._starts[shards]) * itemsize
+        begins, ends = at * itemsize, (at + counts) * itemsize
+        target = out.view(np.uint8).data
+        for shard, offset, begin, end in zip(
+            shards.tolist(), offsets.tolist(), begins.tolist(), ends.tolist(), strict=True
+        ):
+            self._read_bytes(shard, offset, target[begin:end])
 
     def read_tokens(self, start: int, count: int) -> np.ndarray:
-        """Tokens `[start, start + count)` of the concatenation, in the manifest's dtype."""
-        assert 0 <= start <= start + count <= self.manifest.tokens
-        out = np.empty(count, dtype=self.manifest.numpy_dtype)
-        shard = int(np.searchsorted(self._shard_starts, start, side="right")) - 1
-        self._read_bytes(shard, int(start - self._shard_starts[shard]) * self._itemsize, out.data.cast("B"))
+        """Tokens `[start, start + count)` of the stream, in the manifest's dtype. Raises what `read` does."""
+        out = np.empty(count, dtype=self.dtype)
+        self.read(np.array([start]), np.array([count]), out, np.array([0]))
         return out
 
+    def prefetch(self, starts: np.ndarray, counts: np.ndarray) -> None:
+        """Say which runs of tokens will be read next, in this order, so that they are fetched ahead in the background.
+
+        Returns at once, fails never (a read will), and is a no-op where nothing is fetched from elsewhere.
+        """
+        self._folder.prefetch(starts, counts)
+
+    def read_file(self, name: str, xxh3: str) -> bytes:
+        """A (small) file of the folder as a whole, checked against its xxh3-64 in hexadecimal.
+
+        Raises:
+            ValueError: it is missing or damaged.
+            OSError: it cannot be had now.
+        """
+        return self._folder.read_file(name, xxh3)
+
     def close(self) -> None:
-        """Close the open shards."""
+        """Stop to fetch, and close what is open; the source may be read on, and opens again what it needs."""
         while self._open:
             self._open.popitem()[1].close()
+        self._folder.close()
 
     def _read_bytes(self, shard: int, offset: int, target: memoryview) -> None:
         """Fill the target from this place on, going on in the next shard where this one ends."""
@@ -93,69 +122,23 @@ class TokenSource:
                 verified[block >> 3] |= 1 << (block & 7)
         opened.read(offset, target)
 
-    def _open_shard(self, shard: int) -> "_OpenShard":
+    def _open_shard(self, shard: int) -> OpenShard:
         if len(self._open) >= OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()
-        opened = self._open[shard] = _OpenShard(self._folder, self._shards[shard])
+        opened = self._open[shard] = self._folder.open_shard(shard)
+        self._verified.setdefault(shard, bytearray(-(-self._shards[shard].blocks // 8)))
         return opened
 
 
-class _OpenShard:
-    def __init__(self, folder: Path, shard: ShardInfo) -> None:
-        self._shard = shard
-        self._path = folder / f"{shard.name}.bin"
-        hashes_path = folder / f"{shard.name}.xxh3"
-        hashes = hashes_path.read_bytes()
-        if xxhash.xxh3_64_hexdigest(hashes) != shard.hashes_xxh3:
-            raise ValueError(
-                f"{hashes_path} is damaged: run `steppe data verify {folder}`, then prepare the data again"
-            )
-        self._hashes = np.frombuffer(hashes, dtype="<u8")
-        self._descriptor = os.open(self._path, os.O_RDONLY)
-
-    def read(self, offset: int, target: memoryview) -> None:
-        if os.preadv(self._descriptor, [target], offset) != len(target):
-            self._read_slowly(offset, target)
-
-    def _read_slowly(self, offset: int, target: memoryview) -> None:
-        """A read may be short at a signal or a network hiccup; it is an error only where the file ends."""
-        while target:
-            count = os.preadv(self._descriptor, [target], offset)
-            if not count:
-                raise ValueError(
-                    f"shard {self._path} ends at byte {offset}, but the manifest says {self._shard.bin_bytes} bytes: "
-                    "copy it again from where it was whole, or run `steppe data prepare` again"
-                )
-            target, offset = target[count:], offset + count
-
-    def verify(self, block: int, scratch: np.ndarray) -> None:
-        """Check the hash of one block.
-
-        Raises:
-            ValueError: it differs.
-        """
-        offset = block * HASH_BLOCK_BYTES
-        content = scratch.data[: min(HASH_BLOCK_BYTES, self._shard.bin_bytes - offset)]
-        self.read(offset, content)
-        if xxhash.xxh3_64_intdigest(content) != self._hashes[block]:
-            raise ValueError(
-                f"shard {self._path} is damaged in block {block} (bytes {offset} to {offset + len(content)}): "
-                f"run `steppe data verify {self._path.parent}` to see all damage, then prepare the data again"
-            )
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
 def open_sources(
-    sources: tuple[SourceConfig, ...], sequence_length: int, manifests: Mapping[str, Manifest]
+    sources: tuple[SourceConfig, ...], manifests: Mapping[str, Manifest], cache: CacheConfig | None = None
 ) -> dict[str, TokenSource]:
     """Open the sources of a run by name. `manifests`: those that have been loaded already, by path.
 
     Raises:
         ValueError: a folder is unusable, or two were prepared with different tokenizers.
     """
-    opened = {s.name: TokenSource(s, sequence_length, manifests.get(s.path)) for s in sources}
+    opened = {source.name: TokenSource(source.path, manifests.get(source.path), cache) for source in sources}
     check_same_tokenizer({source.path: opened[source.name].manifest for source in sources})
     return opened
 

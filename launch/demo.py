@@ -26,6 +26,11 @@ LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__p
 PROMPT = "class Stack:\n    def __init__(self):\n"
 
 
+def library_sources(library: Path) -> list[Path]:
+    """The sources of Python's standard library that make good text."""
+    return [path for path in sorted(library.rglob("*.py")) if not LEFT_OUT & set(path.relative_to(library).parts)]
+
+
 @dataclass
 class Demo:
     """One run of the demo in a folder of its own."""
@@ -58,10 +63,8 @@ class Demo:
     def collect_text(self) -> str:
         library = Path(sysconfig.get_paths()["stdlib"])
         counts, size = {"train": 0, "held_out": 0}, 0
-        for source in sorted(library.rglob("*.py")):
+        for source in library_sources(library):
             inside = source.relative_to(library)
-            if LEFT_OUT & set(inside.parts):
-                continue
             part = "held_out" if xxhash.xxh3_64_intdigest(inside.parts[0].encode()) % HELD_OUT_SHARE == 0 else "train"
             target = self.folder / "text" / part / inside
             target.parent.mkdir(parents=True, exist_ok=True)

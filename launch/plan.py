@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from math import ceil
 from typing import Any, get_args
 
 from launch.gpus import Gpu
 from model.accounting import flops_per_token, parameter_counts
 from pretrain.config import Recompute, RunConfig
+from pretrain.data_plan import end_place, timeline
+from pretrain.data_stages import Place
 from pretrain.layout import Layout, batch_sizes, micro_batches
 from pretrain.memory import RankMemory, moments, rank_memory
 from pretrain.recipe import apply_overrides, validated
@@ -108,26 +109,17 @@ def make_plan(config: RunConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Pl
         flops_per_token=flops_per_token(config.model, config.data.sequence_length),
         steps=steps,
         tokens=tokens,
-        batches=[(size, micro_batches(config, size, layout.data)) for size in batch_sizes(config.batch)],
+        batches=[(size, micro_batches(config, size, layout.data)) for size in batch_sizes(config)],
         moments=moments(config, world),
         nearest=nearest_fit(config, nodes, gpus_per_node, gpu),
     )
 
 
 def run_length(config: RunConfig) -> tuple[int, int]:
-    """(steps, tokens) of the whole run: one is what the schedule says, the other follows by the batch and its ramp."""
-    schedule, steps, tokens = config.schedule, 0, 0
-    for end, size in [*config.batch.ramp, (None, config.batch.global_batch_size)]:
-        of_step = size * config.data.sequence_length
-        if schedule.counts_tokens:
-            end = schedule.total if end is None else min(end, schedule.total)
-        left = None if end is None else max(0, ceil((end - tokens) / of_step))
-        if not schedule.counts_tokens:
-            until_total = schedule.total - steps
-            left = until_total if left is None else min(left, until_total)
-        assert left is not None
-        steps, tokens = steps + left, tokens + left * of_step
-    return steps, tokens
+    """(steps, tokens) of the whole run: one is what the schedule says, the other follows by its batches."""
+    unmixed = config.model_copy(update={"data": config.data.model_copy(update={"temperature": None})})
+    end = end_place(timeline(unmixed, [], Place(), (), {}), (), config.schedule)
+    return end.step, end.tokens
 
 
 def nearest_fit(config: RunConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Alternative | None:

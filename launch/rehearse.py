@@ -125,12 +125,14 @@ class Rehearsal:
     def check_or_make_data(self) -> str:
         if self.has_data:
             return "the recipe's own: manifests, sizes, tokenizer and vocabulary fit"
-        from data_pipeline.corpus import read_documents
-        from data_pipeline.prepare import prepare
-        from data_pipeline.tokenizer import train_tokenizer
+        from data_pipeline.corpus.config import corpus_of
+        from data_pipeline.corpus.reading import read_documents
+        from data_pipeline.preparation.job import prepare
+        from data_pipeline.tokenizer_training import train_tokenizer
 
         tokenizer = self.folder / "tokenizer.model"
-        train_tokenizer(read_documents([str(library(TRAINING_TEXT))]), VOCABULARY, tokenizer)
+        documents = read_documents(corpus_of([library(TRAINING_TEXT)]))
+        train_tokenizer((document.text for document in documents), VOCABULARY, tokenizer)
         made = {text: self.folder / text for text in (TRAINING_TEXT, HELD_OUT_TEXT)}
         tokens = [prepare([str(library(text))], tokenizer, out).tokens for text, out in made.items()]
         self.rehearsed = with_sources(self.rehearsed, made[TRAINING_TEXT], made[HELD_OUT_TEXT])

@@ -93,7 +93,7 @@ def run_report(path: Path) -> str:
     watched = WatchedRun(path, listener=told.hear)
     status = watched.look()
     environment = watched.run.environment_path
-    return _page(
+    return page(
         "report.html.j2",
         title=status.name,
         status=status,
@@ -121,7 +121,7 @@ def sweep_report(folder: Path) -> str:
         watched.listener = _curves_only(curves[point.name])
     rows = sweep.rows(sweep.look())
     some = {name: one for name, one in curves.items() if len(one)}
-    return _page(
+    return page(
         "report_sweep.html.j2",
         title=folder.resolve().name,
         folder=str(folder),
@@ -188,10 +188,10 @@ def _goodput(status: RunStatus) -> list[dict[str, Any]]:
 
 
 def _stage(event: dict[str, Any]) -> dict[str, Any]:
-    """A mixture as shares of 1, with the colours of its sources."""
+    """A stage, its mixture as shares of 1 with the colours of its sources."""
     total = sum(event["weights"].values())
     shares = [(name, weight / total, plots.colour_of(i)) for i, (name, weight) in enumerate(event["weights"].items())]
-    return {"step": event["step"], "position": event["position"], "shares": shares}
+    return {**event, "shares": shares}
 
 
 def _checkpoint(event: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +221,9 @@ def _last(rows: list[Any]) -> Rows:
     return Rows(rows[-MOST_ROWS:], len(rows))
 
 
-def _page(template: str, **values: Any) -> str:
+def page(template: str, **values: Any) -> str:
+    """A template of this folder, filled in."""
+    """A template of this folder, filled in."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,

@@ -47,6 +47,7 @@ def resume(
     check_stop_after(stop_after)
     check_no_job(run)
     with locked(run):
+        run.stop_path.unlink(missing_ok=True)  # it was to stop then, and is to go on now
         change.make()
         begun = times_begun(run)
         outcome = attempt(run, ranks, stop_after)

@@ -4,14 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from data_pipeline.manifest import TOKENIZER_NAME, Manifest
-from data_pipeline.order import shares
+from data_pipeline.manifest import Manifest
+from data_pipeline.mixture import effective_weights, shares
 from data_pipeline.token_source import check_same_tokenizer
+from data_pipeline.tokenizer_files import fingerprint_of
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.layout import check_layout
+from pretrain.layout import check_layout, sequence_lengths
 from pretrain.resume_policy import flat
 from pretrain.run_dir import RunDir, read_events
 
@@ -67,16 +66,37 @@ def check_data(config: RunConfig) -> dict[str, Any]:
                 f"{source.path} holds {manifest.tokens} tokens, not one window of data.sequence_length="
                 f"{config.data.sequence_length} and its next token: add text, or shorten the sequence"
             )
-        copy = xxhash.xxh3_64_hexdigest((Path(source.path) / TOKENIZER_NAME).read_bytes())
+        copy = fingerprint_of(f"{source.path}/{manifest.tokenizer_file}")
         if copy != manifest.tokenizer_fingerprint:
+            found = "missing or damaged" if copy is None else f"not the tokenizer that {source.path} was written with"
             raise ValueError(
-                f"{Path(source.path) / TOKENIZER_NAME} is not the tokenizer that {source.path} was written with "
-                f"({copy}, its manifest says {manifest.tokenizer_fingerprint}): restore it, or prepare the data again"
+                f"{source.path}/{manifest.tokenizer_file} is {found} ({copy}, its manifest says "
+                f"{manifest.tokenizer_fingerprint}): restore it, or prepare the data again"
             )
     check_same_tokenizer(manifests)
-    shares({source.name: source.weight for source in config.data.sources}, [])
-    training = {source.name: manifests[source.path].fingerprint for source in config.data.sources}
-    return {"tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint, "manifests": training}
+    _check_shares(config, {source.name: manifests[source.path].tokens for source in config.data.sources})
+    training = {source.name: manifests[source.path] for source in config.data.sources}
+    return {
+        "tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint,
+        "manifests": {name: manifest.stream_fingerprint for name, manifest in training.items()},
+        "packs": {name: _packs(manifest, config) for name, manifest in training.items()},
+    }
+
+
+def _packs(manifest: Manifest, config: RunConfig) -> dict[str, str]:
+    """By sequence length, the fingerprint of the bins that the run reads; bins for other lengths may come and go."""
+    if config.data.packing != "best_fit":
+        return {}
+    lengths = set(sequence_lengths(config))
+    return {str(pack.sequence_length): pack.fingerprint for pack in manifest.packs if pack.sequence_length in lengths}
+
+
+def _check_shares(config: RunConfig, tokens: dict[str, int]) -> None:
+    """Raise ValueError if a source is served too seldom in any stage."""
+    data = config.data
+    base = {source.name: source.weight for source in data.sources}
+    for weights in (base, *(stage.weights for stage in data.stages if stage.weights)):
+        shares(effective_weights(weights, tokens, data.temperature), [])
 
 
 # What a model is trained with, and not what it computes.
@@ -111,7 +131,7 @@ def with_checked_init(config: RunConfig, tokenizer: str) -> RunConfig:
     if index.tokenizer_fingerprint not in (None, tokenizer):
         raise ValueError(
             f"init_from={config.init_from} was trained with another tokenizer ({index.tokenizer_fingerprint}, the "
-            f"data's is {tokenizer}), so that token ids mean something else: prepare the data with its tokenizer.model"
+            f"data's is {tokenizer}), so that token ids mean something else: prepare the data with its tokenizer"
         )
     return config.model_copy(update={"init_from": str(checkpoint)})
 
@@ -121,7 +141,7 @@ def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]
     if old["tokenizer"] != new["tokenizer"] and "tokenizer" not in allowed:
         raise ValueError(
             f"tokenizer was {old['tokenizer']} and would become {new['tokenizer']}: the model's token ids would change "
-            "meaning; prepare the data with the run's own tokenizer.model, or insist with --allow tokenizer"
+            "meaning; prepare the data with the run's own tokenizer, or insist with --allow tokenizer"
         )
     for name, fingerprint in new["manifests"].items():
         before = old["manifests"].get(name, fingerprint)
@@ -130,3 +150,10 @@ def check_same_data(old: dict[str, Any], new: dict[str, Any], allowed: list[str]
                 f"data source {name} is not what this run has read so far (manifest {before}, now {fingerprint}): "
                 "restore it, add the new data under another name, or insist with --allow manifest"
             )
+        bins = old["packs"].get(name, {})
+        for length, fingerprint in new["packs"][name].items():
+            if bins.get(length, fingerprint) != fingerprint and "manifest" not in allowed:
+                raise ValueError(
+                    f"data source {name} was packed anew for {length} tokens since this run has read it: restore "
+                    "its bins, or insist with --allow manifest"
+                )

@@ -2,7 +2,6 @@
 found. Imports no torch."""
 
 import fcntl
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,20 +11,29 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.manifest import Manifest
+from data_pipeline.remote import is_local
+from data_pipeline.tokenizer_files import JSON_CONFIG_NAME, TOKENIZER_NAMES, TokenizerFiles
 from launch.named_file import named_file
 from launch.run_checks import check_checkpoints_are_there, check_data, check_same_data, with_checked_init
 from pretrain.config import RunConfig
+from pretrain.ledger import check_order, state_on_record
 from pretrain.recipe import apply_overrides, check_unchanged, dump_config, load_config, validated
 from pretrain.resume_policy import changes, check_allowed, check_resume
 from pretrain.run_dir import RunDir, event_line, open_events, read_json, write_json
+from pretrain.state import TrainState
 
 RECIPES = Path(__file__).parent / "recipes"
 LOOK_AGAIN_SECONDS = 0.5
 SWEEP_NAME = "sweep.json"
 
 # What a start that was killed before the config was written leaves: nothing to go on from, and nothing to lose.
-BEFORE_A_RUN = {"lock", "ranks.lock", "data.json", "data.json.tmp", "tokenizer.model", "config.yaml.tmp"}
+_WRITTEN_BEFORE = ("data.json", *TOKENIZER_NAMES, JSON_CONFIG_NAME)
+BEFORE_A_RUN = {
+    *("lock", "ranks.lock", "config.yaml.tmp"),
+    *_WRITTEN_BEFORE,
+    *(f"{name}.tmp" for name in _WRITTEN_BEFORE),
+}
 
 
 def recipe_path(recipe: str) -> Path:
@@ -44,14 +52,20 @@ def checked_recipe(recipe: str, overrides: list[str], run: RunDir) -> RunConfig:
 def new_run(config: RunConfig, run: RunDir) -> Iterator[None]:
     """Make the run's folder, and hold its lock. Raises ValueError if there is one, or its data is not as it must be."""
     data = check_data(config)
+    check_order(config, TrainState())
     config = with_checked_init(config, data["tokenizer"])
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
         check_new(run)  # once more: another may have been started at the same moment
         write_json(run.data_path, data)
-        shutil.copyfile(Path(config.data.sources[0].path) / TOKENIZER_NAME, run.tokenizer_path)
+        _copy_tokenizer(config, run)
         dump_config(config, run.config_path)  # last: with it, the folder is a run
         yield
+
+
+def _copy_tokenizer(config: RunConfig, run: RunDir) -> None:
+    source = config.data.sources[0].path
+    TokenizerFiles.read(f"{source}/{Manifest.load(source).tokenizer_file}").write(run.path)
 
 
 def check_new(run: RunDir) -> None:
@@ -72,15 +86,14 @@ class Change:
     data: dict[str, Any]
 
     def make(self) -> None:
-        """Write it into the run's folder, on record, and forget that it was to stop. The run must be `locked`."""
-        self.run.stop_path.unlink(missing_ok=True)
+        """Write it into the run's folder, on record. The run must be `locked`."""
         for key, (before, after) in self.differences.items():
             print(f"{key}: {before} becomes {after}", file=sys.stderr)
         if self.differences:
             dump_config(self.new, self.run.config_path)
             self._record(self.differences)
         if self.data["tokenizer"] != self.known_data["tokenizer"]:
-            shutil.copyfile(Path(self.new.data.sources[0].path) / TOKENIZER_NAME, self.run.tokenizer_path)
+            _copy_tokenizer(self.new, self.run)
         write_json(self.run.data_path, self.data)
 
     def take_back(self) -> None:
@@ -124,8 +137,10 @@ def checked_change(run: RunDir, overrides: list[str], allowed: list[str]) -> Cha
     check_checkpoints_are_there(run)
     data, known = check_data(new), read_json(run.data_path)
     check_same_data(known, data, allowed)
+    check_order(new, state_on_record(run))
     # A source that is left out now may come back, and must then be what it was.
     data["manifests"] = known["manifests"] | data["manifests"]
+    data["packs"] = known["packs"] | {name: known["packs"].get(name, {}) | bins for name, bins in data["packs"].items()}
     return Change(run, old, new, differences, known, data)
 
 
@@ -133,7 +148,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with its data where it lies now: a run may be resumed from another folder."""
 
     def absolute(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
-        return tuple(source.model_copy(update={"path": str(Path(source.path).resolve())}) for source in sources)
+        return tuple(
+            source.model_copy(update={"path": str(Path(source.path).resolve())}) if is_local(source.path) else source
+            for source in sources
+        )
 
     data = config.data.model_copy(update={"sources": absolute(config.data.sources)})
     evaluation = config.evaluation.model_copy(update={"sources": absolute(config.evaluation.sources)})

@@ -104,7 +104,7 @@ def _shrunk(config: RunConfig, full: Layout, small: Layout, keep_vocabulary: boo
     sources = config.evaluation.sources if config.evaluation.every_steps else config.data.sources[:1]
     changed = {
         "model": _model(config.model, full, small),
-        "data": {"sequence_length": length},
+        "data": {"sequence_length": length, "stages": ()},
         "batch": batch.model_dump(mode="json"),
         "parallel": {
             "tensor": small.tensor,

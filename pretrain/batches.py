@@ -8,9 +8,10 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest
 from pretrain.config import RunConfig
+from pretrain.data_plan import stage_at, timeline
+from pretrain.data_stages import DataStage, batches, order_stages
 from pretrain.outcome import Outcome, exit_code_of
 from pretrain.parallel_dims import ParallelDims, first_of, gathered
-from pretrain.schedule import batch_plan
 from pretrain.state import TrainState
 
 
@@ -28,6 +29,7 @@ class Batches:
         # Looked at once, not by each rank: that is a call a shard of the shared file system.
         paths = [source.path for source in config.data.sources]
         self._manifests: Mapping[str, Manifest] = first_of(lambda: {path: Manifest.load(path) for path in paths}, group)
+        self._source_tokens = {source.name: self._manifests[source.path].tokens for source in config.data.sources}
         self._loader = self._placed(state)
 
     def __next__(self) -> list[Batch]:
@@ -47,6 +49,10 @@ class Batches:
                 return Outcome("failed", failure[0], step, failure[1])
         return None
 
+    def stage(self, state: TrainState) -> DataStage:
+        """What the config says of the next step's data."""
+        return stage_at(self.config, state.place, self._source_tokens)
+
     def place(self, state: TrainState) -> None:
         """Go on from this state's position."""
         self._loader.close()
@@ -58,14 +64,15 @@ class Batches:
 
     def _placed(self, state: TrainState) -> Loader:
         config, dims = self.config, self.dims
+        stages = timeline(config, state.stages, state.place, state.left_out, self._source_tokens)
         return Loader(
             data=config.data,
             seed=config.seed,
-            stages=state.stages,
+            stages=order_stages(stages),
             data_rank=dims.data_rank,
             data_world=dims.data_world,
             micro_batch_size=config.batch.micro_batch_size,
             document_mask=config.model.document_mask,
-            plan=batch_plan(config, state.position, state.tokens, state.left_out),
+            plan=batches(stages, state.place, state.left_out),
             manifests=self._manifests,
         )

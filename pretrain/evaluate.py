@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import IGNORED_TARGET
-from data_pipeline.corpus import Document
+from data_pipeline.corpus.document import Document
 from pretrain.load_model import LoadedModel
 
 POOLED_BATCHES = 16  # windows of about so many batches are sorted by length together: more pads less, and holds more

@@ -4,12 +4,15 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from data_pipeline.corpus import COMPRESSION_SUFFIXES, Document, Rejected, corpus_bytes, read_documents
+from data_pipeline.corpus.config import corpus_of, default_name
+from data_pipeline.corpus.document import Document, Rejected
+from data_pipeline.corpus.listing import list_files
+from data_pipeline.corpus.reading import read_documents
 from data_pipeline.manifest import MANIFEST_NAME
 from pretrain.device import detect, init_process_group, new_cpu_group
 from pretrain.engine import DTYPES
@@ -47,7 +50,7 @@ def parse_domains(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
-            name, path = domain_name(argument), argument
+            name, path = default_name(argument), argument
         if not name or not path:
             raise ValueError(f"--data {argument}: expected PATH or NAME=PATH")
         if name in domains:
@@ -60,14 +63,6 @@ def parse_domains(arguments: list[str]) -> dict[str, str]:
     return domains
 
 
-def domain_name(path: str) -> str:
-    """`corpora/news.jsonl.gz` is the domain `news`, a folder its own name."""
-    name = Path(path).resolve().name if Path(path).exists() else PurePosixPath(path).name
-    for suffix in COMPRESSION_SUFFIXES:
-        name = name.removesuffix(suffix)
-    return PurePosixPath(name).stem
-
-
 def documents_of(path: str, text_field: str) -> Iterator[Document]:
     """The documents of one domain. Raises ValueError at the first broken record: a measurement leaves nothing out."""
 
@@ -78,7 +73,7 @@ def documents_of(path: str, text_field: str) -> Iterator[Document]:
 
     if (Path(path) / MANIFEST_NAME).is_file():
         raise ValueError(f"{path} is a folder of token shards: name the text that it was made from")
-    return read_documents([path], text_field, on_bad=refuse)
+    return read_documents(corpus_of([path], text_field), on_bad=refuse)
 
 
 def survey(data: dict[str, str], text_field: str) -> int | None:
@@ -89,7 +84,7 @@ def survey(data: dict[str, str], text_field: str) -> int | None:
     """
     total = 0
     for name, path in data.items():
-        if corpus_bytes([path]) is None:
+        if not all(file.is_local for input_ in corpus_of([path]).inputs for file in list_files(input_)):
             return None
         text_bytes = sum(len(document.text.encode("utf-8")) for document in documents_of(path, text_field))
         if not text_bytes:

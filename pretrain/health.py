@@ -19,7 +19,7 @@ from pretrain.engine import Engine, Status
 from pretrain.outcome import EXIT_FAILED, Outcome
 from pretrain.parallel_dims import gathered
 from pretrain.recorder import Recorder
-from pretrain.schedule import batch_size_at, due
+from pretrain.schedule import due
 from pretrain.state import TrainState
 
 # Of a normal distribution: its standard deviation over its median absolute deviation.
@@ -86,7 +86,7 @@ class Health:
         restored = load_newest(checkpoints, self.engine, self.group)
         assert restored.checkpoint is not None, "see begin"
         back, health = restored.state, self.config.health
-        end = state.position + health.spike_skip_steps * batch_size_at(self.config, state.tokens)
+        end = state.position + health.spike_skip_steps * state.stages[-1].batch_size(state.tokens)
         left_out = (back.position, end)
         back.leave_out([left_out])
         self._rewinds[back.step] = self._rewinds.get(back.step, 0) + 1

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_files import tokenizer_in
 from model.config import ModelConfig
 from model.parameters import keeps_fp32, parameter_shapes
 from pretrain.checkpoint.index import DamagedError
@@ -85,7 +85,7 @@ def export(
         hf = config_to_hf(config, context_length, rounded)
         shards = plan_shards(config, rounded, max_shard_bytes)
         has_tokenizer = with_tokenizer and reader.index.tokenizer_fingerprint is not None
-        tokenizer = Tokenizer(reader.checkpoint / TOKENIZER_NAME) if has_tokenizer else None
+        tokenizer = Tokenizer(tokenizer_in(reader.checkpoint)) if has_tokenizer else None
         scratch = out.with_name(out.name + ".tmp")
         if scratch.exists():  # of an export that was killed
             shutil.rmtree(scratch)

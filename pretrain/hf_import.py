@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_files import tokenizer_in
 from model.accounting import parameter_counts
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
@@ -24,7 +24,7 @@ def import_model(
     """Write the model of `folder` as the checkpoint `out`; returns what `--json` prints.
 
     Weights become fp32, which holds every value of bf16 and fp16. One parameter is in memory at a time, a layer's
-    stacked experts being one. The folder's sentencepiece file comes along; without one the checkpoint has no tokenizer.
+    stacked experts being one. The folder's tokenizer comes along; without one the checkpoint has no tokenizer.
     progress: bytes of fp32 done, and of how many.
     Raises FileExistsError if `out` exists; FileNotFoundError or ValueError if the folder is no model of ours, has its
     weights in pickle files, or lies about them.
@@ -69,7 +69,7 @@ def as_override(config: ModelConfig) -> str:
 
 
 def _tokenizer(folder: Path, config: ModelConfig) -> Path | None:
-    path = folder / TOKENIZER_NAME
+    path = tokenizer_in(folder)
     if not path.is_file():
         return None
     pieces = Tokenizer(path).vocab_size

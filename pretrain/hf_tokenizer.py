@@ -1,4 +1,5 @@
-"""A sentencepiece model as a fast tokenizer of transformers, with the same ids for every text.
+"""A model's tokenizer for transformers, with the same ids for every text: a `tokenizer.json` is one already, a
+sentencepiece model becomes one.
 
 Byte-pair encoding merges the best piece first, whatever its parts (sentencepiece scores the piece); `tokenizers` ranks
 pairs. So each pair of pieces that makes a piece becomes a merge, ranked by the score of what it makes. A space stays a
@@ -6,7 +7,6 @@ space here, where sentencepiece writes U+2581: that character can then be spelle
 """
 
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,15 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from data_pipeline.manifest import TOKENIZER_NAME
-from data_pipeline.tokenizer import SPACE, Tokenizer
+from data_pipeline.sentencepiece_codec import SPACE
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_files import (
+    JSON_CONFIG_NAME,
+    JSON_NAME,
+    JSON_SPECIAL_NAME,
+    TokenizerFiles,
+    tokenizer_in,
+)
 from pretrain.run_dir import write_durably, write_json
 
 _SAMPLE = (
@@ -28,40 +35,43 @@ _SAMPLE = (
 _Piece = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
-def write_fast_tokenizer(sentencepiece_model: Path, out: Path, context_length: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into the folder `out`, with a copy of the
+def write_fast_tokenizer(tokenizer: Path, out: Path, context_length: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json into the folder `out`, with a copy of a
     sentencepiece file, for `AutoTokenizer.from_pretrained(out)`.
 
-    As our own encoding it adds neither BOS nor EOS, and takes a control piece spelled in a text, such as `<s>`, for
-    ordinary text. Who loads it may ask for the other: `add_bos_token=True`, `split_special_tokens=False`.
+    As our own encoding it takes a control piece spelled in a text, such as `<s>`, for ordinary text, and made of a
+    sentencepiece model adds neither BOS nor EOS. Who loads it may ask for the other: `add_bos_token=True`,
+    `split_special_tokens=False`. A tokenizer.json stays as it is, and adds what it always added.
     context_length: tokens that the model was trained to see at once.
     Raises ValueError for a sentencepiece model of a kind whose ids would not be equal.
     """
-    spec = sentencepiece_model_pb2.ModelProto()
-    spec.ParseFromString(sentencepiece_model.read_bytes())
-    _check_kind(sentencepiece_model, spec)
-    write_durably(out / "tokenizer.json", _build(spec).to_str(pretty=True))
-    special = {
-        f"{role}_token": spec.pieces[at].piece
-        for role, at in (
-            ("bos", spec.trainer_spec.bos_id),
-            ("eos", spec.trainer_spec.eos_id),
-            ("unk", spec.trainer_spec.unk_id),
-        )
-        if at >= 0
-    }
+    files = TokenizerFiles.read(tokenizer)
+    files.write(out)
+    if files.name == JSON_NAME:
+        named = {"bos_token": files.bos_token, "eos_token": files.eos_token}
+        special, adds = {role: token for role, token in named.items() if token is not None}, {}
+    else:
+        special, adds = _write_json_of(tokenizer, files.content, out), {"add_bos_token": False, "add_eos_token": False}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that versions 4 and 5 both know
         **special,
-        "add_bos_token": False,
-        "add_eos_token": False,
+        **adds,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": context_length,
     }
-    write_json(out / "tokenizer_config.json", config)
-    write_json(out / "special_tokens_map.json", special)
-    shutil.copyfile(sentencepiece_model, out / TOKENIZER_NAME)
+    write_json(out / JSON_CONFIG_NAME, config)
+    write_json(out / JSON_SPECIAL_NAME, special)
+
+
+def _write_json_of(path: Path, sentencepiece_model: bytes, out: Path) -> dict[str, str]:
+    """Write tokenizer.json; returns its special tokens by their role."""
+    spec = sentencepiece_model_pb2.ModelProto()
+    spec.ParseFromString(sentencepiece_model)
+    _check_kind(path, spec)
+    write_durably(out / JSON_NAME, _build(spec).to_str(pretty=True))
+    ids = {"bos": spec.trainer_spec.bos_id, "eos": spec.trainer_spec.eos_id, "unk": spec.trainer_spec.unk_id}
+    return {f"{role}_token": spec.pieces[at].piece for role, at in ids.items() if at >= 0}
 
 
 def check_fast_tokenizer(folder: Path) -> None:
@@ -69,11 +79,12 @@ def check_fast_tokenizer(folder: Path) -> None:
     holds every piece. Raises RuntimeError if any id differs."""
     from transformers import AutoTokenizer
 
-    ours, theirs = Tokenizer(folder / TOKENIZER_NAME), AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
+    ours, theirs = Tokenizer(tokenizer_in(folder)), AutoTokenizer.from_pretrained(folder, model_max_length=1 << 30)
+    adds = ours.files.name != JSON_NAME  # a tokenizer.json may add what it likes, ours must add nothing
     shuffled = list(range(ours.vocab_size))
     random.Random(0).shuffle(shuffled)
     for text in (_SAMPLE, ours.decode(shuffled)):
-        expected, found = ours.encode(text), theirs.encode(text)
+        expected, found = ours.encode(text), theirs.encode(text, add_special_tokens=adds)
         if found != expected:
             at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
             before = ours.decode(expected[max(0, at - 8) : at])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from model.config import has_experts, padded_vocab_size
-from pretrain.config import BatchConfig, RunConfig
+from pretrain.config import RunConfig
 
 # tensor       hold one shard of each matrix each, and between the matrices a part of the sequence
 # sequence     hold a part of the sequence each, and all the parameters of their tensor shard
@@ -75,9 +75,16 @@ class Layout:
         }[axis]
 
 
-def batch_sizes(batch: BatchConfig) -> list[int]:
+def batch_sizes(config: RunConfig) -> list[int]:
     """Every global batch size that the run passes through, in order."""
-    return [size for _, size in batch.ramp] + [batch.global_batch_size]
+    sizes = [size for _, size in config.batch.ramp] + [config.batch.global_batch_size]
+    return sizes + [stage.global_batch_size for stage in config.data.stages if stage.global_batch_size]
+
+
+def sequence_lengths(config: RunConfig) -> list[int]:
+    """Every sequence length that the run passes through, in order."""
+    later = [stage.sequence_length for stage in config.data.stages if stage.sequence_length]
+    return [config.data.sequence_length, *later]
 
 
 def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) -> int:
@@ -88,7 +95,9 @@ def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) ->
     share = config.batch.micro_batch_size * data_world
     if global_batch_size % share:
         fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * data_world) == 0]
-        key = "batch.global_batch_size" if global_batch_size == config.batch.global_batch_size else "batch.ramp: size"
+        of_ramp = global_batch_size in (size for _, size in config.batch.ramp)
+        key = "batch.ramp: size" if of_ramp else "global_batch_size"
+        key = "batch.global_batch_size" if global_batch_size == config.batch.global_batch_size else key
         remedy = f"micro_batch_size may be {', '.join(map(str, fitting))}" if fitting else "use fewer ranks"
         raise ValueError(
             f"{key}={global_batch_size} is not a multiple of batch.micro_batch_size="
@@ -111,7 +120,7 @@ def check_layout(config: RunConfig, world: int) -> None:
             f"parallel.expert={parallel.expert} does not divide {world} ranks: use a multiple of {parallel.expert} "
             "ranks, or a smaller degree"
         )
-    for size in batch_sizes(config.batch):
+    for size in batch_sizes(config):
         micro_batches(config, size, world // parallel.ranks_per_sample)
 
 
@@ -155,11 +164,12 @@ def _violation(config: RunConfig) -> tuple[Literal["tensor", "sequence", "expert
             f"does not divide the {model.num_heads // T} query heads that parallel.tensor={T} leaves each rank of "
             f"model.num_heads={model.num_heads}, and attention is split by heads"
         )
-    if config.data.sequence_length % (T * S):
-        return "sequence" if S > 1 else "tensor", (
-            f"does not go with data.sequence_length={config.data.sequence_length}, which parallel.tensor={T} times "
-            f"parallel.sequence={S} split and which is to be a multiple of {T * S}"
-        )
+    for length in sequence_lengths(config):
+        if length % (T * S):
+            return "sequence" if S > 1 else "tensor", (
+                f"does not go with data.sequence_length={length}, which parallel.tensor={T} times "
+                f"parallel.sequence={S} split and which is to be a multiple of {T * S}"
+            )
     if config.parallel.expert > 1 and model.moe is None:
         return "expert", "needs experts, and model.moe is not set"
     if model.moe is not None and model.moe.experts % config.parallel.expert:

@@ -8,8 +8,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
-from data_pipeline.manifest import TOKENIZER_NAME
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_files import tokenizer_in
 from model.config import ModelConfig, padded_vocab_size
 from model.decoder import Decoder
 from model.parameters import buffer_shapes, keeps_fp32, parameter_shapes
@@ -75,7 +75,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a run (its newest checkpoint that verifies, or that of `step`), a checkpoint, or a Hugging Face folder.
 
-    tokenizer: a sentencepiece model to use rather than the one beside the model. dtype: of the weights and the forward
+    tokenizer: one to use rather than that beside the model. dtype: of the weights and the forward
     pass; routers, logits and losses are fp32 in any case. The model is built empty and each stored tensor becomes a
     parameter: memory holds the weights once, whatever their dtype.
     Raises ValueError if `target` is no model, has no such step, holds a tensor that is not finite or does not fit its
@@ -161,7 +161,7 @@ def _from_checkpoint(checkpoint: Path) -> _Found:
         return _Found(
             config=index.model,
             weights=reader.weights(),
-            tokenizer_path=checkpoint / TOKENIZER_NAME,
+            tokenizer_path=tokenizer_in(checkpoint),
             tokenizer_fingerprint=index.tokenizer_fingerprint,
             # What imported weights claim is what their Hugging Face folder claimed.
             context_length=index.sequence_length if index.config else min(index.sequence_length, LONGEST_CONTEXT),
@@ -174,7 +174,7 @@ def _from_hf(path: Path) -> _Found:
     return _Found(
         config=folder.config,
         weights=folder.weights(),
-        tokenizer_path=path / TOKENIZER_NAME,
+        tokenizer_path=tokenizer_in(path),
         tokenizer_fingerprint=None,
         context_length=min(folder.claimed_context or DEFAULT_CONTEXT, LONGEST_CONTEXT),
         step=None,
@@ -203,7 +203,7 @@ def _checked_tokenizer(target: Path, found: _Found, explicit: Path | None) -> To
     """
     path = found.tokenizer_path if explicit is None else explicit
     if not path.is_file():
-        remedy = "name its sentencepiece model with --tokenizer FILE" if explicit is None else "check --tokenizer"
+        remedy = "name its tokenizer with --tokenizer FILE" if explicit is None else "check --tokenizer"
         raise ValueError(f"{target}: no tokenizer at {path}; {remedy}")
     tokenizer = Tokenizer(path)
     if found.tokenizer_fingerprint not in (None, tokenizer.fingerprint):

@@ -27,7 +27,7 @@ from model.parameters import is_block_matrix, keeps_fp32, parameter_shapes
 from pretrain.activations import Work, activation_bytes, loss_bytes
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.layout import Layout, micro_batches
+from pretrain.layout import Layout, micro_batches, sequence_lengths
 from pretrain.placement import kept_beside_zero, placement
 
 FP32 = 4
@@ -137,8 +137,8 @@ def _comings_and_goings(
     """(moment, gradients, activations, buffers), bytes."""
     parallel, batch, stage = config.parallel, config.batch, config.parallel.zero_stage
     b, on_the_way = ELEMENT_BYTES[config.precision], 2 if parallel.reduce_dtype == "bf16" else FP32
-    tokens = batch.micro_batch_size * config.data.sequence_length
-    work = Work(tokens, config.data.sequence_length, b, layout.tensor, layout.sequence, fused)
+    length = max(sequence_lengths(config))
+    work = Work(batch.micro_batch_size * length, length, b, layout.tensor, layout.sequence, fused)
     kept, recomputed = activation_bytes(
         config.model, work, parallel.activation_checkpointing, parallel.activation_checkpointing_every
     )

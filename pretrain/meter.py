@@ -31,9 +31,9 @@ class Meter:
         if dist.is_initialized():
             dist.all_reduce(total)
         self.peak = float(total)
-        self.flops_per_token = flops_per_token(self.config.model, self.config.data.sequence_length)
+        at_first = flops_per_token(self.config.model, self.config.data.sequence_length)
         say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s in all ({source})"
-        figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": self.flops_per_token}
+        figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": at_first}
         self.recorder.event("peak", say, **figures)
         model = self.config.model
         self.expert_layers = [layer for layer in range(model.num_layers) if has_experts(model, layer)]
@@ -50,10 +50,10 @@ class Meter:
         yield
         self.data_seconds = time.perf_counter() - started
 
-    def record(self, state: TrainState, status: Status, lr: float, sequences: int, skipped: bool) -> None:
+    def record(self, state: TrainState, status: Status, lr: float, tokens_in_step: int, skipped: bool) -> None:
         """The step is done. MFU: the model's own FLOPs (`model/accounting.py`) against the peak of all devices."""
         seconds = time.perf_counter() - self.started
-        tokens_in_step = sequences * self.config.data.sequence_length
+        flops = flops_per_token(self.config.model, state.stages[-1].sequence_length)
         speed = tokens_in_step / seconds
         self.recorder.step(
             step=state.step,
@@ -62,7 +62,7 @@ class Meter:
             lr=lr,
             tokens=state.tokens,
             tokens_per_second=speed,
-            mfu=speed * self.flops_per_token / self.peak,
+            mfu=speed * flops / self.peak,
             position=state.position,
             tokens_in_step=tokens_in_step,
             targets_in_step=status.tokens,

@@ -16,11 +16,10 @@ from pretrain.config import RunConfig
 from pretrain.deepspeed_zero import without_others
 from pretrain.device import detect
 from pretrain.engine import agree, build_engine
-from pretrain.layout import micro_batches
+from pretrain.layout import batch_sizes, micro_batches
 from pretrain.parallel_dims import ParallelDims
 from pretrain.random_batch import random_batch
 from pretrain.recipe import load_config
-from pretrain.schedule import batch_size_at
 
 
 def step_as(rank: int, world: int, config: RunConfig) -> int:
@@ -35,7 +34,7 @@ def step_as(rank: int, world: int, config: RunConfig) -> int:
     try:
         dims = ParallelDims.of_this_rank(config)
         engine = build_engine(config, detect(), dims)
-        count = micro_batches(config, batch_size_at(config, tokens=0), dims.data_world)
+        count = micro_batches(config, batch_sizes(config)[0], dims.data_world)
         batches = [random_batch(config, index) for index in range(count)]
         with without_others():
             agree(engine.train_step(batches, config.optimizer.lr))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_pipeline.tokenizer_files import tokenizer_in
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -16,7 +18,8 @@ class RunDir:
     config.yaml       the resolved config, the one a requeue uses
     environment.json  versions, git revision, host, devices
     data.json         fingerprints of the tokenizer and of each source's manifest
-    tokenizer.model   a copy, so that the run can be evaluated when its data is gone
+    tokenizer.model   a copy, so that the run can be evaluated when its data is gone; or tokenizer.json with
+                      tokenizer_config.json
     events.jsonl      one JSON object a line: environment, start, peak, stage, left_out, step, evaluation, checkpoint,
                       checkpoint_failed, expert_load, rewind, straggler, disk_low, resume, end
     outcome.json      how the last attempt ended; absent while it runs
@@ -46,7 +49,7 @@ class RunDir:
 
     @property
     def tokenizer_path(self) -> Path:
-        return self.path / "tokenizer.model"
+        return tokenizer_in(self.path)
 
     @property
     def events_path(self) -> Path:

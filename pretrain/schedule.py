@@ -1,36 +1,8 @@
-"""What a step is made of, as pure functions of the config: its batch size, its learning rate, and when the run ends."""
+"""The learning rate of each step and the end of a run, as pure functions of the config."""
 
 import math
-from collections.abc import Iterator, Sequence
 
 from pretrain.config import RunConfig, ScheduleConfig
-
-
-def batch_size_at(config: RunConfig, tokens: int) -> int:
-    """The global batch, in sequences, of the step that begins after `tokens` consumed tokens."""
-    return next((size for end, size in config.batch.ramp if tokens < end), config.batch.global_batch_size)
-
-
-def batch_plan(
-    config: RunConfig, position: int, tokens: int, left_out: Sequence[tuple[int, int]] = ()
-) -> Iterator[tuple[int, int]]:
-    """(first position, size in sequences) of every global batch from here on; it does not end by itself.
-
-    left_out: ranges [start, end) of positions, as in `next_position`.
-    """
-    while True:
-        size = batch_size_at(config, tokens)
-        position = next_position(position, size, left_out)
-        yield position, size
-        position, tokens = position + size, tokens + size * config.data.sequence_length
-
-
-def next_position(position: int, size: int, left_out: Sequence[tuple[int, int]]) -> int:
-    """Where a batch of `size` samples begins that could begin at `position`: behind every range that it would touch."""
-    for start, end in sorted(left_out):
-        if position < end and position + size > start:
-            position = end
-    return position
 
 
 def due(every: int, step: int) -> bool:
@@ -48,14 +20,14 @@ def finished(schedule: ScheduleConfig, step: int, tokens: int) -> bool:
     return progress(schedule, step, tokens) >= schedule.total
 
 
-def learning_rate(config: RunConfig, step: int, tokens: int) -> float:
-    """The learning rate of the step that begins after `step` steps and `tokens` tokens.
+def learning_rate(config: RunConfig, step: int, tokens: int, tokens_in_step: int) -> float:
+    """The learning rate of the step that begins after `step` steps and `tokens` tokens and reads `tokens_in_step`.
 
     Warm-up rises linearly and already moves in its first step: it counts the step being made, (progress + one step).
     cosine: Loshchilov & Hutter 2017, equation 5, without restarts; wsd: Hu et al. 2024 (MiniCPM), linear decay.
     """
     schedule, peak = config.schedule, config.optimizer.lr
-    one_step = batch_size_at(config, tokens) * config.data.sequence_length if schedule.counts_tokens else 1
+    one_step = tokens_in_step if schedule.counts_tokens else 1
     done = progress(schedule, step, tokens)
     if done < schedule.warmup:
         return peak * min(1.0, (done + one_step) / schedule.warmup)

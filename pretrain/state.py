@@ -1,11 +1,11 @@
 """What the trainer knows besides the engine's tensors: small, explicit, complete."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from data_pipeline.order import Stage
-from pretrain.schedule import next_position
+from pretrain.data_plan import with_stage
+from pretrain.data_stages import DataStage, Place, next_position
 
 
 @dataclass
@@ -13,9 +13,9 @@ class TrainState:
     """Where a run stands.
 
     step      optimizer steps made
-    position  sequences consumed: the argument of the sample order
-    tokens    input tokens consumed, position times the sequence length of its time; lengths in tokens count these
-    stages    mixtures and the positions at which they begin; the sample order's only other argument
+    position  samples consumed: the argument of the sample order
+    tokens    input tokens consumed, each sample with the sequence length of its time; lengths in tokens count these
+    stages    mixtures, sequence lengths and batch sizes, and where they began; the sample order's only other argument
     left_out  ranges [start, end) of positions that are never read
     losses    of the last steps, by which a spike is told (`pretrain/health.py`); empty where none is looked for
     skipped   steps in a row, this one last, whose gradient was not finite
@@ -26,7 +26,7 @@ class TrainState:
     step: int = 0
     position: int = 0
     tokens: int = 0
-    stages: list[Stage] = field(default_factory=list)
+    stages: list[DataStage] = field(default_factory=list)
     left_out: list[tuple[int, int]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -37,7 +37,7 @@ class TrainState:
             "step": self.step,
             "position": self.position,
             "tokens": self.tokens,
-            "stages": [{"start": stage.start, "weights": stage.weights} for stage in self.stages],
+            "stages": [asdict(stage) for stage in self.stages],
             "left_out": [list(pair) for pair in self.left_out],
             "losses": list(self.losses),
             "skipped": self.skipped,
@@ -46,16 +46,19 @@ class TrainState:
     @classmethod
     def from_state_dict(cls, saved: dict[str, Any]) -> "TrainState":
         """The inverse of `state_dict`; what an older checkpoint lacks is empty."""
-        stages = [Stage(**stage) for stage in saved["stages"]]
+        stages = [_stage(**stage) for stage in saved["stages"]]
         left_out = [(start, end) for start, end in saved.get("left_out", [])]
         return cls(**{**saved, "stages": stages, "left_out": left_out})
 
-    def set_mixture(self, weights: dict[str, float]) -> bool:
-        """Begin a stage here if `weights` differs from the present mixture; says whether it did."""
-        if self.stages and self.stages[-1].weights == weights:
-            return False
-        self.stages.append(Stage(self.position, weights))
-        return True
+    @property
+    def place(self) -> Place:
+        """Where it stands in its data."""
+        return Place(self.step, self.position, self.tokens)
+
+    def begin_stage(self, stage: DataStage) -> bool:
+        """Go on by this stage from here; says whether it is news."""
+        before, self.stages = self.stages, with_stage(self.stages, stage)
+        return self.stages != before
 
     def leave_out(self, data: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Never read these ranges of positions; returns those of them that are new."""
@@ -63,8 +66,12 @@ class TrainState:
         self.left_out = sorted([*self.left_out, *new])
         return new
 
-    def advance(self, sequences: int, sequence_length: int) -> None:
-        """One optimizer step over the next `sequences` sequences is made."""
+    def advance(self, sequences: int, tokens: int) -> None:
+        """One optimizer step over the next so many sequences, of so many tokens in all, is made."""
         self.step += 1
         self.position = next_position(self.position, sequences, self.left_out) + sequences
-        self.tokens += sequences * sequence_length
+        self.tokens += tokens
+
+
+def _stage(begin: dict[str, int], ramp: list[list[int]], **rest: Any) -> DataStage:
+    return DataStage(begin=Place(**begin), ramp=tuple((end, size) for end, size in ramp), **rest)

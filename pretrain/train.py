@@ -57,7 +57,8 @@ def train(
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
         recorder.event("start", f"{config.name}: {origin}", step=state.step, ranks=dims.layout.world)
-        begin_stages(config, state, recorder)
+        if left_out := state.leave_out(config.skips.data):
+            recorder.event("left_out", step=state.step, ranges=left_out)
         meter = Meter(config, device, recorder)
         batches = opened.enter_context(closing(Batches(config, state, dims, host_group)))
         saver = CheckpointSaver(
@@ -81,18 +82,21 @@ def train(
         while outcome is None:
             watchdog.beat(state.step + 1, "step")
             meter.begin()
-            lr = learning_rate(config, state.step, state.tokens)
-            skip = state.step + 1 in config.skips.updates
+            if state.begin_stage(batches.stage(state)):
+                recorder.event("stage", state.stages[-1].in_words(), **state.stages[-1].as_event())
             micro_batches = next(batches)
+            sequences = sum(len(batch.tokens) for batch in micro_batches) * dims.data_world
+            tokens_in_step = sequences * state.stages[-1].sequence_length
+            lr = learning_rate(config, state.step, state.tokens, tokens_in_step)
+            skip = state.step + 1 in config.skips.updates
             stats = engine.train_step(micro_batches, lr, before_update=saver.staged, skip=skip)
             with meter.waiting_for_data():
                 failed = batches.failed  # or the next batch is there
             to_stop, to_save = switches.look()
             status = agree(stats, stop.asked or to_stop, to_save, failed, meter.data_seconds, peak_memory_bytes(device))
             skipped = skip or not status.finite
-            sequences = sum(len(batch.tokens) for batch in micro_batches) * dims.data_world
-            state.advance(sequences, config.data.sequence_length)
-            meter.record(state, status, lr, sequences, skipped)
+            state.advance(sequences, tokens_in_step)
+            meter.record(state, status, lr, tokens_in_step, skipped)
             warnings.after_step(state.step, engine.forward_watch.seconds)
             saver.poll()
 
@@ -124,15 +128,6 @@ def train(
             saver.wait()
         recorder.event("end", step=outcome.step, status=outcome.status, message=outcome.message)
         return outcome
-
-
-def begin_stages(config: RunConfig, state: TrainState, recorder: Recorder) -> None:
-    """What the config says of the sample order from here on, if it is new: a mixture, ranges that are left out."""
-    mixture = {source.name: source.weight for source in config.data.sources}
-    if state.set_mixture(mixture):
-        recorder.event("stage", step=state.step, position=state.position, weights=mixture)
-    if left_out := state.leave_out(config.skips.data):
-        recorder.event("left_out", step=state.step, ranges=left_out)
 
 
 def ending(config: RunConfig, state: TrainState, status: Status, stop_after: int | None) -> Outcome | None:

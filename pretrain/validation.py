@@ -86,6 +86,7 @@ def read_together(
                 config.model.document_mask,
                 config.evaluation.windows,
                 manifest,
+                config.data.cache,
             )
         )
     except (ValueError, OSError) as error:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 from model.decoder import Decoder
 from pretrain.checkpoint.commit import write_weights
 from tests.hf_parity import MIXTRAL, MOE, build, config

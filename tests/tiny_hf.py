@@ -6,7 +6,8 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 400
 TEXTS = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 from model.parameters import buffer_shapes
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config import RunConfig

@@ -76,7 +76,7 @@ class Subject:
         began = time.perf_counter()
         batch = random_batch(self.config, self.state.step)
         agree(self.engine.train_step([batch], self.config.optimizer.lr, before_update))
-        self.state.advance(len(batch.tokens), self.config.data.sequence_length)
+        self.state.advance(len(batch.tokens), batch.tokens.size)
         return time.perf_counter() - began
 
     def fill_buffer(self) -> None:

@@ -63,6 +63,7 @@ def resume(run_dir: Path, overrides: list[str], allowed: list[str], again: Again
     check_not_finished(change.new, run)
     tested(record, script_of(record, run, change.new))
     with locked(run):
+        run.stop_path.unlink(missing_ok=True)
         change.make()
         freeze(run)
         try:

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from launch.cluster.environment import job_folders
-from launch.cluster.profile import one_line
+from launch.cluster.profile import ClusterProfile, one_line
 from launch.cluster.record import JobRecord
 from pretrain.run_dir import RunDir
 
@@ -43,17 +43,8 @@ def render_sweep(
 
 
 def _render(record: JobRecord, lines: list[str], environment: Mapping[str, str], run: str, points: list[str]) -> str:
-    templates = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        autoescape=False,  # bash, not HTML
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters |= {"quoted": shlex.quote, "expanded": expanded}
     profile = record.profile
-    return templates.get_template("pretrain.sbatch.j2").render(
+    return template("pretrain.sbatch.j2").render(
         options=lines,
         run=run,
         points=points,
@@ -68,6 +59,20 @@ def _render(record: JobRecord, lines: list[str], environment: Mapping[str, str],
     )
 
 
+def template(name: str) -> Template:
+    """A template of bash, not HTML."""
+    templates = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        autoescape=False,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters |= {"quoted": shlex.quote, "expanded": expanded}
+    return templates.get_template(name)
+
+
 def options(record: JobRecord, folder: Path, name: str, log: str) -> list[str]:
     """What stands in #SBATCH lines. `log`: the name of Slurm's log in the folder's `logs`, in sbatch's pattern."""
     profile = record.profile
@@ -80,12 +85,7 @@ def options(record: JobRecord, folder: Path, name: str, log: str) -> list[str]:
         "nodes": record.nodes,
         "ntasks-per-node": record.ranks_per_node if profile.launcher == "srun" else 1,
         "cpus-per-task": cpus_per_task(record),
-        "mem": profile.memory_per_node,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "reservation": profile.reservation,
-        "constraint": profile.constraint,
+        **site_options(profile),
         "time": record.time_limit,
         "signal": f"B:USR1@{record.signal_lead_seconds}",
         "exclude": ",".join(record.exclude) or None,
@@ -96,9 +96,19 @@ def options(record: JobRecord, folder: Path, name: str, log: str) -> list[str]:
         given["gres" if gres else "gpus-per-node"] = f"{'gpu:' * gres}{kind}{record.gpus_per_node}"
     if record.chain > 1:
         given["array"] = f"1-{record.chain}%1"
+    return option_lines(given, profile, profile.requeue and record.chain == 1)
+
+
+def site_options(profile: ClusterProfile) -> dict[str, object | None]:
+    """What every job of a site asks for alike."""
+    names = ("partition", "account", "qos", "reservation", "constraint")
+    return {"mem": profile.memory_per_node} | {name: getattr(profile, name) for name in names}
+
+
+def option_lines(given: Mapping[str, object | None], profile: ClusterProfile, requeue: bool) -> list[str]:
+    """Options by name as #SBATCH lines have them, without those that are None, and the profile's flags."""
     lines = [f"--{option}={sbatch_quoted(str(value))}" for option, value in given.items() if value is not None]
-    flags = ["--requeue" if profile.requeue and record.chain == 1 else "--no-requeue"]
-    flags += ["--exclusive"] * profile.exclusive
+    flags = ["--requeue" if requeue else "--no-requeue", *["--exclusive"] * profile.exclusive]
     return [*lines, *flags, *(_option_quoted(option) for option in profile.sbatch_options)]
 
 

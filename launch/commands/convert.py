@@ -71,7 +71,7 @@ def import_(
         return
     print(f"{result['path']}: {result['parameters']:,} parameters, context {result['sequence_length']:,} tokens")
     if not result["tokenizer"]:
-        print("it has no tokenizer, for the folder has no tokenizer.model: eval and generate need --tokenizer FILE")
+        print("it has no tokenizer, for the folder has none: eval and generate need --tokenizer FILE")
     print("continue pretraining with: steppe train RECIPE", *(f"--set {shlex.quote(o)}" for o in result["set"]))
 
 

@@ -6,12 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launch.commands.data_run import consumed, mix, show_step
+from launch.commands.data_tokenizer import train_tokenizer
+
 if TYPE_CHECKING:
     from data_pipeline.manifest import Manifest
 
 SHOWN_CHARACTERS = 2000
+SHOWN_TOKENS = 100_000
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, verify and look at training data.", rich_markup_mode=None)
+app.command("train-tokenizer")(train_tokenizer)
+app.command("mix")(mix)
+app.command("consumed")(consumed)
 
 Inputs = Annotated[list[str], typer.Option("--input", help="File, folder or Hugging Face dataset; one or more.")]
 # An option takes one value a time, so what follows `--input A` in `--input A B` arrives as arguments.
@@ -20,64 +27,61 @@ TextField = Annotated[str, typer.Option(help="The field that holds the text of a
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
-@app.command("train-tokenizer")
-def train_tokenizer(
-    inputs: Inputs,
-    vocab_size: Annotated[int, typer.Option(min=1, help="Pieces, with 256 bytes and the control pieces.")],
-    out: Annotated[Path, typer.Option(help="The model file to write.")],
-    more_inputs: MoreInputs = None,
-    text_field: TextField = "text",
-    as_json: AsJson = False,
-) -> None:
-    """Train a sentencepiece BPE tokenizer that loses nothing: decode(encode(text)) is text."""
-    from data_pipeline.corpus import corpus_bytes, read_documents
-    from data_pipeline.tokenizer import train_tokenizer as train
-    from launch.byte_progress import ByteProgress
-
-    if out.exists():
-        raise ValueError(f"tokenizer {out} exists: choose another --out or remove it")
-    paths = inputs + (more_inputs or [])
-    rejected = 0
-
-    def count_rejected(record: object) -> None:
-        nonlocal rejected
-        rejected += 1
-
-    with ByteProgress("reading", corpus_bytes(paths)) as progress:
-        documents = read_documents(paths, text_field, count_rejected, progress.advance)
-        stats = train(documents, vocab_size, out)
-    _report(
-        {
-            "path": str(out),
-            "vocab_size": stats.vocab_size,
-            "fingerprint": stats.fingerprint,
-            "documents": stats.documents,
-            "text_bytes": stats.text_bytes,
-            "rejected": rejected,
-        },
-        as_json,
-    )
-
-
 @app.command("prepare")
 def prepare(
-    inputs: Inputs,
-    tokenizer: Annotated[Path, typer.Option(help="The model file of `train-tokenizer`.")],
+    tokenizer: Annotated[str, typer.Option(help="A sentencepiece model, or a Hugging Face tokenizer.json.")],
     out: Annotated[Path, typer.Option(help="The data folder to write.")],
+    inputs: Annotated[
+        list[str], typer.Option("--input", help="File, folder, URL or Hugging Face dataset; one or more.")
+    ] = [],  # noqa: B006
     more_inputs: MoreInputs = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="A YAML file of inputs and of what of them is kept, instead of --input.")
+    ] = None,
     text_field: TextField = "text",
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads that tokenize; default: one a core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes and threads; default: one a core.")] = None,
+    pack: Annotated[
+        list[int], typer.Option(metavar="LENGTH", help="Plan bins of whole documents for this sequence length, too.")
+    ] = [],  # noqa: B006
+    report: Annotated[
+        bool, typer.Option("--report", help="Show what went in, came out and why, and write DIR/report.html.")
+    ] = False,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Queue this command as an array of tasks on a Slurm cluster.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(help="Tasks of the array.")] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="HH:MM:SS", help="Time limit of a task [default: the profile's].")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With --cluster: print the batch script; write and queue nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize a corpus into shards; every document is stored as BOS t1 .. tn EOS."""
-    from data_pipeline.corpus import corpus_bytes
-    from data_pipeline.prepare import prepare as run
-    from launch.byte_progress import ByteProgress
+    """Read, curate and tokenize a corpus into shards; every document is stored as BOS t1 .. tn EOS.
 
-    paths = inputs + (more_inputs or [])
-    with ByteProgress("preparing", corpus_bytes(paths)) as line:
-        manifest = run(paths, tokenizer, out, text_field, workers, lambda progress: line.reach(progress.read_bytes))
-    _report({"path": str(out), **_summary(manifest), "fingerprint": manifest.fingerprint}, as_json)
+    Started again after a kill, it goes on where it was; started several times at once, on any machines that see DIR,
+    the work is shared.
+    """
+    from data_pipeline.preparation.job import Request
+    from launch.prepare import chosen_corpus, prepare_here, queue_preparation
+
+    request = Request(
+        chosen_corpus(inputs + (more_inputs or []), corpus, text_field), tokenizer, out, packs=tuple(pack)
+    )
+    if cluster is not None:
+        queue_preparation(request, workers, cluster, tasks, time, dry_run, as_json)
+        return
+    if tasks is not None or time is not None or dry_run:
+        raise ValueError("--tasks, --time and --dry-run do not go without --cluster: leave them out")
+    manifest = prepare_here(request, workers)
+    result = {"path": str(out), **_summary(manifest), "fingerprint": manifest.fingerprint}
+    if report:
+        from launch.preparation_report import PreparationReport
+
+        page = PreparationReport.read(out)
+        result |= page.write() if as_json else page.show()
+    _report(result, as_json)
 
 
 @app.command("verify")
@@ -96,21 +100,33 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJs
 
 
 @app.command("show")
-def show(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
-    """What a data folder holds, and the text of its first document."""
-    from data_pipeline.config import SourceConfig
-    from data_pipeline.manifest import TOKENIZER_NAME
-    from data_pipeline.shards import read_index
+def show(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A data folder, or a run.")],
+    step: Annotated[int | None, typer.Option(help="Of a run: the step whose batch to show, the first being 1.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Only what this rank reads.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Of so many [default: as many as trained last].")] = None,
+    full_text: Annotated[
+        bool, typer.Option("--text", help="The documents' text as it is, rather than its beginning.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What a data folder holds, and the text of its first document. Of a run: the documents that a step reads."""
+    if Path(path, "config.yaml").is_file():
+        show_step(Path(path), step, rank, ranks, full_text, as_json)
+        return
+    of_a_run = {"--step": step, "--rank": rank, "--ranks": ranks, "--text": full_text or None}
+    for flag in (flag for flag, value in of_a_run.items() if value is not None):
+        raise ValueError(f"{path} is no run (it has no config.yaml), and {flag} is of a run: leave it out")
+    from data_pipeline.documents import Documents
     from data_pipeline.token_source import TokenSource
     from data_pipeline.tokenizer import Tokenizer
 
-    source = TokenSource(SourceConfig(name="shown", path=str(folder)), sequence_length=1)
+    source = TokenSource(path)
     manifest = source.manifest
-    lengths, _ = read_index(folder / f"{manifest.shards[0].name}.idx")
-    first = source.read_tokens(0, int(lengths[0]))
+    first = next(Documents(source).parts(0, min(manifest.tokens, SHOWN_TOKENS))).tokens
     source.close()
-    text = Tokenizer(folder / TOKENIZER_NAME).decode(first)
-    summary = {"path": str(folder), **_summary(manifest), "fingerprint": manifest.fingerprint, "first_document": text}
+    text = Tokenizer(f"{path}/{manifest.tokenizer_file}").decode(first)
+    summary = {"path": path, **_summary(manifest), "fingerprint": manifest.fingerprint, "first_document": text}
     if as_json:
         print(json.dumps(summary))
     else:

@@ -19,7 +19,7 @@ def evaluate(
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to share the documents.")] = 1,
     step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step; default: the newest.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="The model's sentencepiece file, if not beside it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The model's own, if not beside it.")] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and forward pass.")] = "fp32",
     text_field: Annotated[str, typer.Option(help="The field that holds the text of a JSON or parquet row.")] = "text",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,

@@ -17,7 +17,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: the most probable token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws, at a temperature above 0.")] = 0,
     step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step; default: the newest.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="The model's sentencepiece file, if not beside it.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The model's own, if not beside it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Continue a prompt; prints the prompt and what the model writes after it."""

@@ -8,14 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.tokenizer_files import TokenizerFiles
 from model.config import ModelConfig
 from model.parameters import buffer_shapes, parameter_shapes
 from pretrain.boxes import Box
 from pretrain.checkpoint.folder import replaced_name
 from pretrain.checkpoint.index import (
     CheckpointIndex,
-    fingerprint_of,
     packed_boxes,
     rank_file_name,
     stored_parameters,
@@ -26,14 +25,18 @@ from pretrain.run_dir import sync_folder
 
 
 def copy_tokenizer(tokenizer: Path | None, folder: Path) -> str | None:
-    """Copy the tokenizer's file durably; returns its fingerprint."""
+    """Copy the tokenizer into a new folder; returns its fingerprint. That the folder lists it on the disk is left to
+    `commit`."""
     if tokenizer is None:
         return None
-    copy = folder / TOKENIZER_NAME
-    shutil.copyfile(tokenizer, copy)
-    with open(copy, "rb+") as file:
-        os.fsync(file.fileno())
-    return fingerprint_of(copy)
+    tokenizer.stat()  # an OSError where the run's copy is gone: once it is back, a save succeeds
+    files = TokenizerFiles.read(tokenizer)
+    for name, content in files.contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    return files.fingerprint
 
 
 def commit(scratch: Path, final: Path, index: CheckpointIndex) -> None:

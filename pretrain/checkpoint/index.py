@@ -15,7 +15,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 from pydantic_core import from_json, to_json
 
-from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.tokenizer_files import fingerprint_of, tokenizer_in
 from model.config import ModelConfig
 from pretrain.boxes import Box, Index
 from pretrain.config import RunConfig
@@ -85,7 +85,7 @@ class CheckpointIndex(_Strict):
     step                   optimizer steps made
     model                  the architecture that the tensors are of
     sequence_length        tokens it was trained to see at once
-    tokenizer_fingerprint  xxh3-64 of the tokenizer.model beside it; None where there is none
+    tokenizer_fingerprint  of the tokenizer beside it; None where there is none
     trainer, engine        `TrainState.state_dict()` and `Engine.scalars()`; None for imported weights, with `config`
     config                 the run that saved it
     block_bytes            size of a block that is hashed by itself
@@ -200,8 +200,9 @@ def checked_index(checkpoint: Path) -> tuple[CheckpointIndex, bytes]:
     for rank, stored in enumerate(index.files):
         check_size(checkpoint / rank_file_name(rank), stored.size_bytes)
     expected = index.tokenizer_fingerprint
-    if expected is not None and fingerprint_of(checkpoint / TOKENIZER_NAME) != expected:
-        raise DamagedError(f"{checkpoint / TOKENIZER_NAME} is missing, or not the one that was saved ({expected})")
+    tokenizer = tokenizer_in(checkpoint)
+    if expected is not None and fingerprint_of(tokenizer) != expected:
+        raise DamagedError(f"{tokenizer} is missing, or not the one that was saved ({expected})")
     return index, raw
 
 
@@ -211,8 +212,3 @@ def check_size(path: Path, expected: int) -> None:
     if actual != expected:
         found = "is missing" if actual is None else f"has {actual} bytes"
         raise DamagedError(f"{path} {found}, expected {expected} bytes")
-
-
-def fingerprint_of(path: Path) -> str | None:
-    """xxh3-64 of a tokenizer's file, None where there is none."""
-    return xxhash.xxh3_64_hexdigest(path.read_bytes()) if path.is_file() else None

@@ -192,6 +192,7 @@ class _Save:
         self.scratch = self.path.with_name(self.path.name + ".tmp")
         # Small, and as they are now: both go on with the next step.
         self.trainer, self.scalars = state.state_dict(), saver.engine.scalars()
+        self.sequence_length = state.stages[-1].sequence_length if state.stages else None  # None: nothing read yet
         self.pieces = [piece for piece in saver.engine.pieces() if piece.writer]
         self.staged, self.over = threading.Event(), threading.Event()
         self.failure: str | None = None
@@ -269,7 +270,7 @@ class _Save:
         index = CheckpointIndex(
             step=self.step,
             model=config.model,
-            sequence_length=config.data.sequence_length,
+            sequence_length=self.sequence_length or config.data.sequence_length,
             tokenizer_fingerprint=copy_tokenizer(self.saver.tokenizer, self.scratch),
             trainer=self.trainer,
             engine=self.scalars,

@@ -33,7 +33,7 @@ def curve(tied: bool, build: Callable[[Any], Engine]) -> list[list[float]]:
     statuses = []
     for step in range(STEPS):
         batches = rank_batches(config, step % CYCLE, rank=0, world=1)
-        statuses.append(agree(engine.train_step(batches, learning_rate(config, step, tokens=0))))
+        statuses.append(agree(engine.train_step(batches, learning_rate(config, step, tokens=0, tokens_in_step=1))))
     return [[status.loss, status.grad_norm] for status in statuses]
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from data_pipeline.order import Stage
 from pretrain.batches import Batches
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.save import save_checkpoint
@@ -24,10 +23,14 @@ from pretrain.parallel_dims import ParallelDims
 from pretrain.schedule import learning_rate
 from pretrain.state import TrainState
 from tests.dist.reshard_pairs import LAYOUTS, LOADS, SAME, SAVED_AFTER, STEPS, Load, SavedLayout
+from tests.small_run import SEQUENCE_LENGTH
 
 FOLDER = Path(os.environ["RESHARD_FOLDER"])
-# Positions, 8 a step: the mixture changes within a step before the checkpoint, and again within the first after it.
-STAGES = (Stage(0, {"first": 3, "second": 1}), Stage(12, {"first": 1, "second": 1}), Stage(21, {"second": 1}))
+# The mixture changes a step before the checkpoint; and after it once more, with the sequence length.
+STAGES = (
+    "data.stages=[{from_step: 1, weights: {first: 1, second: 1}}, "
+    f"{{from_step: 3, weights: {{second: 1}}, sequence_length: {2 * SEQUENCE_LENGTH}}}]"
+)
 # A loss scale that is not the first one, and rises at every step but the first: state that must travel.
 FP16_SCALER = {"cur_scale": 2.0**10, "scale_window": 1}
 
@@ -41,7 +44,7 @@ def train(layout: SavedLayout) -> dict[str, Any]:
     if layout.precision == "fp16":
         assert isinstance(engine, DeepSpeedEngine)
         vars(engine.engine.optimizer.loss_scaler).update(FP16_SCALER)
-    state = TrainState(stages=list(STAGES))
+    state = TrainState()
     curve = steps(engine, config, dims, state, SAVED_AFTER)
     save_checkpoint(FOLDER / layout.name, engine, state, config, None, host_group())
     return {"curve": curve + steps(engine, config, dims, state, STEPS)}
@@ -69,8 +72,11 @@ def steps(engine: Engine, config: RunConfig, dims: ParallelDims, state: TrainSta
     curve = []
     with closing(Batches(config, state, dims, host_group())) as batches:
         while state.step < until:
-            status = agree(engine.train_step(next(batches), learning_rate(config, state.step, state.tokens)))
-            state.advance(config.batch.global_batch_size, config.data.sequence_length)
+            state.begin_stage(batches.stage(state))
+            tokens = config.batch.global_batch_size * state.stages[-1].sequence_length
+            lr = learning_rate(config, state.step, state.tokens, tokens)
+            status = agree(engine.train_step(next(batches), lr))
+            state.advance(config.batch.global_batch_size, tokens)
             curve.append([status.loss, status.grad_norm])
     return curve
 
@@ -78,7 +84,7 @@ def steps(engine: Engine, config: RunConfig, dims: ParallelDims, state: TrainSta
 @functools.cache
 def prepared(layout: SavedLayout) -> tuple[RunConfig, ParallelDims]:
     """A layout's config, and the process groups that its cases share."""
-    config = layout.config(*os.environ["RESHARD_CORPUS"].splitlines())
+    config = layout.config(*os.environ["RESHARD_CORPUS"].splitlines(), STAGES)
     return config, ParallelDims.of_this_rank(config)
 
 

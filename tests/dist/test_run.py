@@ -258,7 +258,7 @@ def test_what_a_resume_may_change(steppe: Steppe, corpus: Corpus, tmp_path: Path
     assert read_events(run / "events.jsonl", "stage")[-1]["position"] == 16
     newest = newest_checkpoint(run / "checkpoints")
     assert newest is not None
-    assert [stage["start"] for stage in read_index(newest).trainer["stages"]] == [0, 16]
+    assert [stage["begin"]["position"] for stage in read_index(newest).trainer["stages"]] == [0, 16]
     # And back to one source; the first one's consumption goes on where it was.
     steppe("resume", run, "--set", f"data.sources=[{{name: code, path: '{corpus.train}'}}]", "--stop-after", 6)
     assert read_events(run / "events.jsonl", "stage")[-1]["position"] == 32

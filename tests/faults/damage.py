@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.tokenizer_files import SENTENCEPIECE_NAME
 from pretrain.checkpoint.index import INDEX_NAME, rank_file_name
 
 
@@ -64,4 +64,4 @@ def shard_duplicated(checkpoint: Path) -> None:
     shutil.copyfile(checkpoint / rank_file_name(0), checkpoint / rank_file_name(1))
 
 
-FILES = (rank_file_name(0), rank_file_name(1), INDEX_NAME, TOKENIZER_NAME)
+FILES = (rank_file_name(0), rank_file_name(1), INDEX_NAME, SENTENCEPIECE_NAME)

@@ -19,7 +19,7 @@ import pytest
 Strike = Callable[[str], None]
 """Called with the name of a write point, such as `fsync step_00000003.tmp/index.json.tmp`, before it happens."""
 
-_CALLS = ("mkdir", "unlink", "rmdir", "fsync", "sendfile", "replace")
+_CALLS = ("mkdir", "unlink", "rmdir", "fsync", "replace")
 
 
 class _CutFile(io.FileIO):

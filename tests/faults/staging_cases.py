@@ -55,7 +55,7 @@ def trained(folder: Path, config: RunConfig, guarded: bool) -> Saved:
     for step in range(STEPS):
         state = state_of(step)
         batches = rank_batches(config, step, dims.data_rank, dims.data_world)
-        engine.train_step(batches, learning_rate(config, state.step, state.tokens), before_update)
+        engine.train_step(batches, learning_rate(config, state.step, state.tokens, 1), before_update)
         if step + 1 == SAVED:
             saver.start(state_of(SAVED))
     saver.wait()

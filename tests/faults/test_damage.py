@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.manifest import TOKENIZER_NAME
+from data_pipeline.tokenizer_files import SENTENCEPIECE_NAME
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import INDEX_NAME, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.load import load_newest
@@ -79,11 +79,11 @@ def test_a_bit_of_a_ranks_file(whole: Path, folder: Path, engine: RowsEngine, ra
         falls_back(folder, engine, path.name)
 
 
-@pytest.mark.parametrize("name", [INDEX_NAME, TOKENIZER_NAME])
+@pytest.mark.parametrize("name", [INDEX_NAME, SENTENCEPIECE_NAME])
 def test_every_byte_of_a_small_file(folder: Path, engine: RowsEngine, name: str) -> None:
     checkpoint = checkpoint_path(folder, 2)
     path = checkpoint / name
-    for place in range(0, path.stat().st_size, 1 if name == TOKENIZER_NAME else 3):
+    for place in range(0, path.stat().st_size, 1 if name == SENTENCEPIECE_NAME else 3):
         flip_bit(path, place, place % 8)
         with pytest.raises(DamagedError, match=name):
             read_index(checkpoint)

@@ -83,7 +83,7 @@ class Faults:
 
     def position(self, engine: Any, batches: Sequence[Any]) -> int:
         """Where in the sample order a step begins."""
-        from pretrain.schedule import next_position
+        from pretrain.data_stages import next_position
 
         sequences = sum(len(batch.tokens) for batch in batches) * engine.dims.data_world
         return next_position(self.state.position, sequences, self.state.left_out)

@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import ShardWriter
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 
 STDLIB = Path(json.__file__).parent.parent
 EXTRA_TEXTS = [

@@ -1,3 +1,4 @@
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -7,14 +8,16 @@ import numpy as np
 import pytest
 
 from data_pipeline.batch import Batch
-from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.loader import Loader, validation_batches
+from data_pipeline.config import CacheConfig, DataConfig, SourceConfig
+from data_pipeline.loader import SAMPLES_AHEAD, Loader, validation_batches
 from data_pipeline.order import Stage
+from data_pipeline.pack_files import plan_packing
+from data_pipeline.token_source import TokenSource
 from tests.unit.data_pipeline.conftest import WriteFolder
 from tests.unit.data_pipeline.test_verify import flip
 
 T = 8
-STAGES = [Stage(0, {"a": 3.0, "b": 1.0}), Stage(1001, {"b": 1.0})]
+STAGES = [Stage(0, {"a": 3.0, "b": 1.0}, T), Stage(1001, {"b": 1.0}, T)]
 
 
 def numbered_documents(first: int, count: int) -> list[list[int]]:
@@ -64,16 +67,120 @@ def test_the_global_batch_does_not_depend_on_the_layout(data: DataConfig, world:
         assert together == rows(whole[step])
 
 
-def test_an_epoch_is_every_window_once(write_folder: WriteFolder) -> None:
-    folder = write_folder("a", numbered_documents(3, 800), shard_bytes=3000, vocab_size=60_000)
-    data = DataConfig(sequence_length=T, sources=(SourceConfig(name="a", path=str(folder)),), shuffle_block_bytes=640)
-    windows = (800 * 7 - 1) // T
-    loader = Loader(data, 0, [Stage(0, {"a": 1.0})], 0, 1, 1, False, iter([(0, windows), (windows, windows)]))
-    tokens = np.concatenate(numbered_documents(3, 800))
-    expected = Counter(tuple(tokens[w * T : w * T + T + 1].tolist()) for w in range(windows))
-    first, second = (rows(batches) for batches in loader)
-    assert Counter(first) == Counter(second) == expected
-    assert first != second != sorted(expected)
+def pairs(batches: list[Batch]) -> Counter[tuple[int, int]]:
+    """Tokens and what follows each, where it counts."""
+    counts: Counter[tuple[int, int]] = Counter()
+    for batch in batches:
+        valid = batch.targets != -100
+        counts.update(zip(batch.tokens[valid].tolist(), batch.targets[valid].tolist(), strict=True))
+    return counts
+
+
+def one_epoch(data: DataConfig, lengths: list[tuple[int, int]], size: int = 1, mask: bool = False) -> list[Batch]:
+    """All that source a serves before it leaves after one epoch, by stages of (start, sequence length)."""
+    stages = [Stage(start, {"a": 1.0}, length, {"a": 1}) for start, length in lengths]
+    loader = Loader(data, 0, stages, 0, 1, size, mask, ((size * i, size) for i in itertools.count()))
+    batches = []
+    while loader.failure is None:
+        batches += next(loader)
+    with pytest.raises(ValueError, match="has no sample: .* were read max_epochs times"):
+        next(loader)
+    loader.close()
+    return batches
+
+
+def test_an_epoch_is_every_token_once_and_all_of_it_is_served(data: DataConfig) -> None:
+    tokens = np.concatenate(numbered_documents(3, 900)).tolist()
+    batches = one_epoch(data, [(0, T)])
+    assert len(batches) == -(-(len(tokens) - 1) // T)
+    assert pairs(batches) == Counter(itertools.pairwise(tokens))
+    assert [int(batch.tokens[0, 0]) for batch in batches] != sorted(int(batch.tokens[0, 0]) for batch in batches)
+
+
+def test_the_sequence_length_follows_the_stages(data: DataConfig) -> None:
+    lengths = [(0, 8), (100, 12), (101, 30), (130, 5)]
+    batches = one_epoch(data, lengths)
+    for start, length in lengths:
+        assert batches[start].tokens.shape == (1, length)
+    assert [batch.tokens.shape[1] for batch in batches[101:130]] == [30] * 29
+    tokens = np.concatenate(numbered_documents(3, 900)).tolist()
+    # A window of several extents joins documents that the stream does not; nothing else differs.
+    got, stored = pairs(batches), Counter(itertools.pairwise(tokens))
+    assert Counter(first for first, _ in got.elements()) == Counter(tokens[:-1])
+    assert all(first == 2 for first, _ in (got - stored))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("lengths", [[(0, 16)], [(0, 16), (50, 24), (60, 16)]])
+def test_best_fit_serves_whole_documents(data: DataConfig, lengths: list[tuple[int, int]], mask: bool) -> None:
+    for length in (16, 24):
+        plan_packing(data.sources[0].path, length, data.shuffle_block_bytes)
+    batches = one_epoch(data.model_copy(update={"packing": "best_fit"}), lengths, mask=mask)
+    expected: Counter[tuple[int, ...]] = Counter(map(tuple, numbered_documents(3, 900)))
+    got: Counter[tuple[int, ...]] = Counter()
+    for batch in batches:
+        row, targets = batch.tokens[0].tolist(), batch.targets[0].tolist()
+        assert all(row[t + 1] == targets[t] for t in range(len(row) - 1) if targets[t] != -100)
+        documents = [row[i : i + 7] for i in range(0, len(row), 7) if row[i] == 1]
+        assert row == [token for document in documents for token in document] + [2] * (len(row) - 7 * len(documents))
+        assert targets[7 * len(documents) - 1 :] == [-100] * (len(row) - 7 * len(documents) + 1)
+        got.update(map(tuple, documents))
+        if mask:
+            assert batch.positions is not None
+            assert batch.positions[0, : 7 * len(documents)].tolist() == [*range(7)] * len(documents)
+    assert got == expected
+
+
+def test_what_ends_the_stream_without_eos(write_folder: WriteFolder) -> None:
+    """Nothing follows its last token; as a target, its document ends there."""
+    folder = write_folder("a", [[1, 7, 2], [1, 8]])
+    plan_packing(folder, T, 640)
+    sources = (SourceConfig(name="a", path=str(folder)),)
+    data = DataConfig(sequence_length=T, sources=sources, shuffle_block_bytes=640, packing="best_fit")
+    (batch,) = one_epoch(data, [(0, T)])
+    assert batch.targets.tolist() == [[7, 2, 1, 8, 2, -100, -100, -100]]
+
+
+def test_a_source_that_is_not_packed_as_the_run_wants_it(data: DataConfig) -> None:
+    packed = data.model_copy(update={"packing": "best_fit"})
+    with pytest.raises(ValueError, match=r"/a is not packed for sequence length 8 .*steppe data prepare .* --pack 8`"):
+        one_epoch(packed, [(0, T)])
+    plan_packing(data.sources[0].path, T, 1280)
+    with pytest.raises(ValueError, match=r"/a is packed in shuffle blocks of 1280 bytes, .*shuffle_block_bytes is 640"):
+        one_epoch(packed, [(0, T)])
+
+
+def test_through_a_cache_the_batches_are_the_same(data: DataConfig, tmp_path: Path) -> None:
+    cache = CacheConfig(folder=str(tmp_path / "cache"), max_bytes=1 << 28, local_sources=True)
+    through_cache = load(data.model_copy(update={"cache": cache}))
+    assert [rows(batches) for batches in through_cache] == [rows(batches) for batches in load(data)]
+    assert any((tmp_path / "cache").rglob("shard_00000.bin/*"))
+
+
+def test_what_will_be_read_is_announced_long_before(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced: list[int] = []
+    read: list[int] = []
+    prefetch, read_runs = TokenSource.prefetch, TokenSource.read
+
+    def note_prefetch(self: TokenSource, starts: np.ndarray, counts: np.ndarray) -> None:
+        announced.extend(starts.tolist())
+        prefetch(self, starts, counts)
+
+    def note_read(self: TokenSource, starts: np.ndarray, *rest: np.ndarray) -> None:
+        read.extend(starts.tolist())
+        assert announced[: len(read)] == read
+        ahead.append(len(announced) - len(read))
+        read_runs(self, starts, *rest)
+
+    ahead: list[int] = []
+    monkeypatch.setattr(TokenSource, "prefetch", note_prefetch)
+    monkeypatch.setattr(TokenSource, "read", note_read)
+    plan = ((16 * i, 16) for i in range(300))
+    only_a = data.model_copy(update={"sources": data.sources[:1]})
+    loader = Loader(only_a, 0, [Stage(0, {"a": 1.0}, T)], 0, 1, 16, False, plan)
+    assert len(list(loader)) == 300
+    assert len(read) == 4800
+    assert min(ahead[:150]) >= SAMPLES_AHEAD - 16
 
 
 def test_a_resume_continues_with_the_same_batches(data: DataConfig) -> None:
@@ -159,8 +266,8 @@ def test_unusable_sources(data: DataConfig, write_folder: WriteFolder) -> None:
 
     with pytest.raises(ValueError, match="'b', which is not among data.sources"):
         make(data.sources[:1])
-    short = SourceConfig(name="b", path=str(write_folder("short", [[1, 3, 2]], vocab_size=60_000)))
-    with pytest.raises(ValueError, match="'b', which has no full window"):
+    short = SourceConfig(name="b", path=str(write_folder("short", [[2]], vocab_size=60_000)))
+    with pytest.raises(ValueError, match="'b', which has no data"):
         make((data.sources[0], short))
     missing = SourceConfig(name="b", path="/nowhere/at/all")
     with pytest.raises(ValueError, match="data folder /nowhere/at/all does not exist"):
@@ -200,3 +307,11 @@ def test_validation_on_a_source_shorter_than_a_window(data: DataConfig, write_fo
     (batch,) = validation_batches(short, T, 2, 0, 1, False)
     assert batch.targets[0].tolist() == [9, 2] + [-100] * 6
     assert batch.valid_tokens == 2
+
+
+def test_validation_through_a_cache(data: DataConfig, tmp_path: Path) -> None:
+    cache = CacheConfig(folder=str(tmp_path / "cache"), max_bytes=1 << 28, local_sources=True)
+    (expected,) = validate(data, 5, 1)
+    got = list(validation_batches(data.sources[0], T, 5, 0, 1, False, cache=cache))
+    assert [rows([batch]) for batch in got] == [rows([batch]) for batch in expected]
+    assert any((tmp_path / "cache").rglob("shard_00000.bin/*"))

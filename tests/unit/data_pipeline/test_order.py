@@ -1,95 +1,105 @@
+"""Mixture and source orders together: stages at any position, caps, consumption."""
+
 import itertools
 from collections import Counter
-from fractions import Fraction
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.order import MIXTURE_BLOCK, SampleOrder, Stage, shares
+from data_pipeline.mixture import MIXTURE_BLOCK
+from data_pipeline.order import Consumed, SampleOrder, Stage
+from data_pipeline.samples import Samples
+from tests.unit.data_pipeline.ordered_sources import DocumentSource, WindowSource, tokens_of
 
-SIZES = {"a": 9001, "b": 5000, "c": 301}
+T, W = 4, 100
+WINDOWS = {"a": 9001, "b": 5000, "c": 301}
+SOURCES = {name: WindowSource(count * T + 1, W * T) for name, count in WINDOWS.items()}
 WEIGHTS = {"a": 0.7, "b": 0.2, "c": 0.1}
+MIXED = [Stage(0, WEIGHTS, T)]
 
 
-def order(
-    sizes: dict[str, int] = SIZES, stages: list[Stage] | None = None, W: int = 100, K: int = 4, seed: int = 7
-) -> SampleOrder:
-    return SampleOrder(sizes, W, K, seed, stages or [Stage(0, WEIGHTS)])
+def order(stages: list[Stage] = MIXED, sources: dict[str, WindowSource] = SOURCES, seed: int = 7) -> SampleOrder:
+    return SampleOrder(sources, 4, seed, stages)
 
 
-def served(source_order: SampleOrder, positions: np.ndarray) -> dict[str, list[tuple[int, int]]]:
-    """(epoch, window) of each source, in the order served."""
-    source, epoch, sample = source_order.samples(positions)
+def arrays(source_order: SampleOrder, positions: np.ndarray) -> np.ndarray:
+    picked = source_order.samples(positions)
+    return np.stack([picked.source, picked.epoch, picked.cut, picked.number])
+
+
+def served(source_order: SampleOrder, end: int) -> dict[str, list[tuple[int, int, int]]]:
+    """(epoch, cut, number) of each source, in the order served."""
+    source, *sample = arrays(source_order, np.arange(end))
     return {
-        name: list(zip(epoch[source == i].tolist(), sample[source == i].tolist(), strict=True))
-        for i, name in enumerate(source_order.sources)
+        name: list(zip(*(array[source == place].tolist() for array in sample), strict=True))
+        for place, name in enumerate(source_order.sources)
     }
 
 
-@settings(deadline=None)
-@given(windows=st.integers(1, 700), W=st.integers(1, 60), K=st.integers(1, 9), seed=st.integers(0, 10))
-@example(windows=1, W=1, K=1, seed=0)
-@example(windows=120, W=60, K=2, seed=0)
-@example(windows=121, W=60, K=2, seed=0)
-def test_each_epoch_visits_every_window_once(windows: int, W: int, K: int, seed: int) -> None:
-    one = order({"a": windows}, [Stage(0, {"a": 1.0})], W, K, seed)
-    source, epoch, sample = one.samples(np.arange(3 * windows))
-    assert not source.any()
-    assert np.array_equal(epoch, np.repeat([0, 1, 2], windows))
-    for number in range(3):
-        assert np.array_equal(np.sort(sample[epoch == number]), np.arange(windows))
+def test_the_order_is_recorded() -> None:
+    """Runs resume by this order: it must not change between versions, machines or numpys."""
+    positions = np.array([0, 1, 2, 4095, 4096, 9999, 10_000, 123_456])
+    source, epoch, _, number = arrays(order([*MIXED, Stage(10_000, {"b": 1.0, "c": 1.0}, T)]), positions).tolist()
+    assert source == [2, 0, 0, 0, 0, 0, 2, 2]
+    assert epoch == [0, 0, 0, 0, 0, 0, 3, 191]
+    assert number == [254, 3537, 4669, 843, 8458, 1316, 135, 46]
 
 
-def test_reading_stays_within_a_group() -> None:
-    W, K, blocks = 50, 4, 21
-    windows = W * blocks - 13
-    _, _, sample = order({"a": windows}, [Stage(0, {"a": 1.0})], W, K).samples(np.arange(windows))
-    block = sample // W
-    # Cut the epoch where the set of blocks turns over: K blocks a group, each block in one group only.
-    groups = np.array([len(np.unique(block[i : i + K * W // 2])) for i in range(0, windows - K * W, K * W)])
-    assert groups.max() <= K
-    last_seen = {b: np.flatnonzero(block == b) for b in range(blocks)}
-    assert max(int(seen[-1] - seen[0]) for seen in last_seen.values()) < K * W
+def test_the_order_with_other_lengths_and_a_cap_is_recorded() -> None:
+    stages = [Stage(0, WEIGHTS, T, {"c": 2}), Stage(5000, WEIGHTS, 7, {"c": 2}), Stage(8000, WEIGHTS, T, {"c": 2})]
+    recorded = order(stages)
+    positions = np.array([4999, 5000, 5001, 5300, 7999, 8000, 8003, 8500, 20_000])
+    got = arrays(recorded, positions).tolist()
+    places = [recorded.extents(s, c, np.array([n])).start[0] for s, _, c, n in zip(*got, strict=True)]
+    assert [stage.start for stage in recorded.stages] == [0, 5000, 5594, 8000]
+    assert got == [
+        [0, 0, 2, 1, 1, 0, 1, 0, 0],
+        [0, 0, 1, 0, 0, 0, 0, 0, 1],
+        [0, 3, 3, 3, 2, 5, 5, 4, 4],
+        [6523, 0, 0, 58, 321, 0, 1, 377, 2421],
+    ]
+    assert places == [26092, 20552, 444, 3150, 2217, 11740, 2340, 1508, 9684]
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(0, 20_000), min_size=1, max_size=200))
 def test_random_access_equals_sequential(positions: list[int]) -> None:
-    stages = [Stage(0, WEIGHTS), Stage(5_001, {"b": 1.0, "c": 3.0})]
-    everything = np.stack(order(stages=stages).samples(np.arange(20_001)))
-    some = np.stack(order(stages=stages).samples(np.array(positions)))
-    assert np.array_equal(some, everything[:, positions])
+    stages = [Stage(0, WEIGHTS, T, {"c": 3}), Stage(5_001, {"b": 1.0, "c": 3.0}, 2 * T)]
+    everything = arrays(order(stages), np.arange(20_001))
+    assert np.array_equal(arrays(order(stages), np.array(positions)), everything[:, positions])
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=10))
 def test_any_split_into_batches_is_the_same(batches: list[int]) -> None:
+    stages = [*MIXED, Stage(1234, WEIGHTS, 3)]
     total = sum(batches)
     cuts = np.cumsum([0, *batches])
-    whole = np.stack(order().samples(np.arange(total)))
-    parts = [np.stack(order().samples(np.arange(a, b))) for a, b in itertools.pairwise(cuts)]
-    assert np.array_equal(whole, np.concatenate(parts, axis=1))
+    parts = [arrays(order(stages), np.arange(a, b)) for a, b in itertools.pairwise(cuts)]
+    assert np.array_equal(arrays(order(stages), np.arange(total)), np.concatenate(parts, axis=1))
 
 
-@given(st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1, 100), min_size=1))
-def test_shares_are_within_one_of_exact(weights: dict[str, float]) -> None:
-    names = sorted(weights)
-    counts = shares(weights, names)
-    assert sum(counts) == MIXTURE_BLOCK
-    total = sum(map(Fraction, weights.values()))
-    for name, count in zip(names, counts, strict=True):
-        assert abs(count - Fraction(weights[name]) / total * MIXTURE_BLOCK) < 1
+@given(begin=st.integers(0, 8000), steps=st.integers(1, 3), layout=st.sampled_from([(1, 24), (2, 12), (3, 8), (24, 1)]))
+@settings(deadline=None, max_examples=30)
+def test_the_ranks_together_read_the_batch_whatever_their_number(
+    begin: int, steps: int, layout: tuple[int, int]
+) -> None:
+    staged = order([*MIXED, Stage(4000, WEIGHTS, 3)])
+    ranks, share = layout
+    for step in range(steps):
+        batch = begin + 24 * step
+        parts = [arrays(staged, batch + rank * share + np.arange(share)) for rank in range(ranks)]
+        assert np.array_equal(np.concatenate(parts, axis=1), arrays(order(staged.stages), batch + np.arange(24)))
 
 
 def test_every_mixture_block_has_the_exact_share() -> None:
-    stage_start = 1234
-    mixed = order(stages=[Stage(0, {"a": 1.0}), Stage(stage_start, WEIGHTS)])
-    for block in range(3):
-        first = stage_start + block * MIXTURE_BLOCK
-        source, _, _ = mixed.samples(np.arange(first, first + MIXTURE_BLOCK))
-        counts = np.bincount(source)
+    mixed = order([Stage(0, {"a": 1.0}, T), Stage(1234, WEIGHTS, T), Stage(1234 + 3 * MIXTURE_BLOCK, WEIGHTS, 5)])
+    for block in range(6):
+        first = 1234 + block * MIXTURE_BLOCK
+        counts = np.bincount(mixed.samples(np.arange(first, first + MIXTURE_BLOCK)).source)
         assert counts.tolist() == [2867, 819, 410]
         assert np.abs(counts / MIXTURE_BLOCK - [0.7, 0.2, 0.1]).max() < 1 / MIXTURE_BLOCK
 
@@ -101,100 +111,194 @@ MIXTURES = st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 10), min_size=
 @settings(deadline=None, max_examples=30)
 @given(starts=STARTS, mixtures=st.lists(MIXTURES, min_size=4, max_size=4))
 @example(starts=[1, 2, 4097], mixtures=[{"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"c": 1.0}])
-def test_a_stage_anywhere_repeats_and_loses_nothing(starts: list[int], mixtures: list[dict[str, float]]) -> None:
-    """Whatever the stages, each source serves the very sequence that it serves alone."""
-    stages = [Stage(start, weights) for start, weights in zip([0, *starts], mixtures, strict=False)]
-    staged = order(stages=stages)
-    end = starts[-1] + 5000
-    got = served(staged, np.arange(end))
-    assert staged.consumed_before(end) == {name: len(windows) for name, windows in got.items() if windows} | {
-        name: 0 for stage in stages for name in stage.weights if not got[name]
-    }
-    for name, windows in got.items():
-        alone = order({name: SIZES[name]}, [Stage(0, {name: 1.0})])
-        assert windows == served(alone, np.arange(len(windows)))[name]
+def test_a_mixture_anywhere_repeats_and_loses_nothing(starts: list[int], mixtures: list[dict[str, float]]) -> None:
+    """Whatever the mixtures, each source serves the very sequence that it serves alone."""
+    stages = [Stage(start, weights, T) for start, weights in zip([0, *starts], mixtures, strict=False)]
+    staged, end = order(stages), starts[-1] + 5000
+    got = served(staged, end)
+    named = {name for stage in stages for name in stage.weights}
+    consumed = {name: counted.samples for name, counted in staged.consumed_before(end).items()}
+    assert consumed == {name: len(got[name]) for name in named}
+    for name, samples in got.items():
+        alone = order([Stage(0, {name: 1.0}, T)], {name: SOURCES[name]})
+        assert samples == served(alone, len(samples))[name]
+
+
+LENGTHS = st.lists(st.integers(1, 9), min_size=4, max_size=4)
+SMALL = {
+    "a": WindowSource(8000, 300),
+    "b": DocumentSource(tuple(tuple(1 + (7 * i + j) % 13 for j in range(40)) for i in range(9))),
+    "c": WindowSource(1234, 90),
+}
+
+
+@settings(deadline=None, max_examples=50)
+@given(starts=STARTS, mixtures=st.lists(MIXTURES, min_size=4, max_size=4), lengths=LENGTHS, caps=MIXTURES)
+def test_stages_lengths_and_caps_at_any_position(
+    starts: list[int], mixtures: list[dict[str, float]], lengths: list[int], caps: dict[str, float]
+) -> None:
+    """No token twice in a source's epoch, no epoch begun before the last is whole, and consumption is what it was."""
+    max_epochs = {name: round(cap) + 1 for name, cap in caps.items()}
+    stages = [Stage(*stage, max_epochs) for stage in zip([0, *starts], mixtures, lengths, strict=False)]
+    staged = SampleOrder(SMALL, 3, 1, stages)
+    end = min([starts[-1] + 3000, *(stage.start for stage in staged.stages if not stage.weights)])
+    picked = staged.samples(np.arange(end))
+    consumed = staged.consumed_before(end)
+    stage_of = np.searchsorted(starts, np.arange(end), side="right")
+    assert [staged.sequence_length_at(position) for position in (0, *starts)] == lengths[: len(starts) + 1]
+    for place, name in enumerate(staged.sources):
+        at = np.flatnonzero(picked.source == place)
+        if not len(at):
+            assert consumed.get(name, Consumed(0, 0, 0.0)) == Consumed(0, 0, 0.0)
+            continue
+        sizes, tokens = [], []
+        for cut in np.unique(picked.cut[at]):
+            extents = staged.extents(place, cut, picked.number[at[picked.cut[at] == cut]])
+            sizes.append(extents.tokens)
+            tokens.append(tokens_of(extents))
+        # Cuts ascend except where a leftover comes before its groups: put the tokens in the order served.
+        sizes_at = np.empty(len(at), dtype=np.int64)
+        for cut, counts in zip(np.unique(picked.cut[at]), sizes, strict=True):
+            sizes_at[picked.cut[at] == cut] = counts
+        assert np.all(sizes_at <= np.array(lengths)[stage_of[at]])
+        epoch = picked.epoch[at]
+        assert np.all(np.diff(epoch) >= 0)
+        assert epoch[-1] < max_epochs.get(name, 10**9)
+        inputs = SMALL[name].tokens - (not SMALL[name].whole)
+        assert np.array_equal(np.bincount(epoch, sizes_at)[:-1], np.full(epoch[-1], inputs))
+        together = Counter(np.concatenate(tokens).tolist())
+        assert set(together.values()) <= {epoch[-1], epoch[-1] + 1}
+        assert consumed[name].samples == len(at)
+        assert consumed[name].tokens == sizes_at.sum()
+        assert consumed[name].epochs == pytest.approx(sizes_at.sum() / inputs)
+
+
+def test_a_source_leaves_after_its_last_epoch_and_the_others_share_its_weight() -> None:
+    capped = order([Stage(0, WEIGHTS, T, {"c": 2, "a": 1})])
+    first, without_c, without_a = capped.stages
+    assert capped.ends_at is None
+    assert first == Stage(0, WEIGHTS, T, {"c": 2, "a": 1})
+    assert (without_c.weights, without_a.weights) == ({"a": 0.7, "b": 0.2}, {"b": 0.2})
+    picked = capped.samples(np.arange(30_000))
+    assert np.flatnonzero(picked.source == 2)[-1] + 1 == without_c.start
+    assert np.sum(picked.source == 2) == 2 * WINDOWS["c"]
+    assert np.flatnonzero(picked.source == 0)[-1] + 1 == without_a.start
+    assert np.sum(picked.source == 0) == WINDOWS["a"]
+    counts = np.bincount(picked.source[without_c.start :][:MIXTURE_BLOCK])
+    assert counts.tolist() == [3186, 910]
+    assert capped.consumed_before(without_c.start)["c"] == Consumed(602, 602 * T, 2.0)
+    assert capped.consumed_before(30_000)["c"] == Consumed(602, 602 * T, 2.0)
+    assert order([*capped.stages]).stages == capped.stages  # recorded as they came, they are the same order
+
+
+def test_nothing_is_left() -> None:
+    ended = order([Stage(0, {"c": 1.0, "b": 1.0}, T, {"b": 1, "c": 1}), Stage(9000, {"a": 1.0}, T)])
+    total = WINDOWS["b"] + WINDOWS["c"]
+    assert ended.ends_at == total
+    assert ended.stages[-2:] == (Stage(total, {}, T, {"b": 1, "c": 1}), Stage(9000, {"a": 1.0}, T))
+    assert not np.any(ended.samples(np.arange(total)).epoch)
+    for positions in ([total], [0, 8999], [total + 7]):
+        with pytest.raises(
+            ValueError, match=f"position {positions[-1]} has no sample: at position {total} all sources"
+        ):
+            ended.samples(np.array(positions))
+    assert ended.consumed_before(8999)["c"] == Consumed(301, 301 * T, 1.0)
+    assert ended.samples(np.array([9000])).source.tolist() == [0]
+
+
+def test_a_cap_that_is_raised_later_changes_nothing_before() -> None:
+    once = Stage(0, WEIGHTS, T, {"c": 1})
+    end = order([once]).stages[1].start
+    raised = order([once, replace(once, start=end + 500, max_epochs={"c": 3})])
+    assert np.array_equal(arrays(raised, np.arange(end + 500)), arrays(order([once]), np.arange(end + 500)))
+    later = served(raised, end + 20_000)["c"]
+    assert [epoch for epoch, _, _ in later] == [0] * 301 + [1] * 301 + [2] * 301
+
+
+def test_a_source_that_is_at_its_end_has_no_part_in_a_later_stage() -> None:
+    stages = [Stage(0, {"c": 1.0, "a": 1.0}, T, {"c": 1}), Stage(5000, WEIGHTS, T, {"c": 1})]
+    assert order(stages).stages[-1].weights == {"a": 0.7, "b": 0.2}
 
 
 def test_consumption_at_every_kind_of_position() -> None:
-    stages = [Stage(0, WEIGHTS), Stage(5000, {"b": 1.0, "c": 1.0})]
-    staged = order(stages=stages)
-    source, _, _ = staged.samples(np.arange(20_000))
-    for position in (0, 1, 4096, 4999, 5000, 5001, 5000 + 4096, 19_999):
+    stages = [Stage(0, WEIGHTS, T, {"c": 2}), Stage(5000, {"b": 1.0, "c": 1.0}, T, {"c": 4})]
+    staged = order(stages)
+    source = staged.samples(np.arange(20_000)).source
+    edges = [stage.start for stage in staged.stages]
+    for position in (0, 1, 4096, 4999, 5000, 5001, 5000 + 4096, 19_999, *edges, *(edge + 1 for edge in edges)):
         counts = Counter(staged.sources[i] for i in source[:position].tolist())
-        assert {name: n for name, n in staged.consumed_before(position).items() if n} == counts
+        assert {name: c.samples for name, c in staged.consumed_before(position).items() if c.samples} == counts
 
 
 def test_a_source_added_later_changes_nothing_before() -> None:
-    before = order({"b": 5000}, [Stage(0, {"b": 1.0})])
-    after = order({"a": 9001, "b": 5000, "c": 301}, [Stage(0, {"b": 1.0}), Stage(3000, WEIGHTS)])
-    assert served(before, np.arange(3000))["b"] == served(after, np.arange(3000))["b"]
+    only_b = Stage(0, {"b": 1.0}, T)
+    before = order([only_b], {"b": SOURCES["b"]})
+    after = order([only_b, Stage(3000, WEIGHTS, T)])
+    assert served(before, 3000)["b"] == served(after, 3000)["b"]
+    assert after.consumed_before(3000).keys() == {"b"}
+    assert after.consumed_before(3001).keys() == {"a", "b", "c"}
 
 
 def test_a_source_removed_later_is_needed_only_where_it_served() -> None:
-    stages = [Stage(0, WEIGHTS), Stage(3001, {"a": 1.0})]
-    kept, removed = order(stages=stages), order({"a": 9001}, stages)
+    stages = [*MIXED, Stage(3001, {"a": 1.0}, T)]
+    kept, removed = order(stages), order(stages, {"a": SOURCES["a"]})
     positions = np.arange(3001, 9000)
-    assert served(kept, positions)["a"] == served(removed, positions)["a"]
+    assert np.array_equal(kept.samples(positions).number, removed.samples(positions).number)
+    assert removed.consumed_before(9000)["a"] == kept.consumed_before(9000)["a"]
+    samples = kept.consumed_before(9000)["b"].samples
+    assert removed.consumed_before(9000)["b"] == Consumed(samples, None, None)
     with pytest.raises(ValueError, match="is not among data.sources now"):
         removed.samples(np.arange(100))
+    capped = [Stage(0, WEIGHTS, T, {"b": 1}), Stage(3001, {"a": 1.0}, T)]
+    with pytest.raises(ValueError, match="'b' was to be read 1 times at most, but is not among data.sources now: keep"):
+        order(capped, {"a": SOURCES["a"]})
+
+
+def test_a_length_is_asked_only_of_sources_that_serve_it() -> None:
+    class Packed(WindowSource):
+        def cut(self, sequence_length: int) -> Samples:
+            if sequence_length != T:
+                raise ValueError(f"not packed for {sequence_length} tokens")
+            return super().cut(sequence_length)
+
+    sources = SOURCES | {"a": Packed(SOURCES["a"].tokens, W * T)}
+    order([*MIXED, Stage(100, {"b": 1.0}, 8), Stage(200, WEIGHTS, T)], sources)
+    with pytest.raises(ValueError, match="not packed for 8 tokens"):
+        order([*MIXED, Stage(100, WEIGHTS, 8)], sources)
 
 
 def test_the_order_of_naming_does_not_matter() -> None:
-    turned = order(dict(reversed(SIZES.items())), [Stage(0, dict(reversed(WEIGHTS.items())))])
-    assert served(order(), np.arange(9000)) == served(turned, np.arange(9000))
+    turned = order([Stage(0, dict(reversed(WEIGHTS.items())), T)], dict(reversed(SOURCES.items())))
+    assert served(order(), 9000) == served(turned, 9000)
 
 
 def test_seeds_epochs_and_sources_differ() -> None:
     n = 1000
-    stages = [Stage(0, {"a": 1.0, "b": 1.0})]
-    one, other = (order({"a": n, "b": n}, stages, 50, 4, seed) for seed in (0, 1))
+    sources = {name: WindowSource(n * T + 1, 50 * T) for name in ("a", "b")}
     sequences = []
-    for source_order in (one, other):
-        for windows in served(source_order, np.arange(4 * n)).values():
-            sequences += [[w for e, w in windows if e == epoch][:900] for epoch in (0, 1)]
+    for seed in (0, 1):
+        for samples in served(order([Stage(0, {"a": 1.0, "b": 1.0}, T)], sources, seed), 4 * n).values():
+            sequences += [[number for e, _, number in samples if e == epoch][:900] for epoch in (0, 1)]
     for i, left in enumerate(sequences):
         for right in sequences[:i]:
             assert np.mean(np.equal(left, right)) < 0.02
             assert abs(np.corrcoef(left, right)[0, 1]) < 0.35  # only blocks of 50 are independent: 20 of them
 
 
-def test_the_shuffle_is_uniform_and_independent_of_the_file_order() -> None:
-    n, W, K = 64_000, 100, 8
-    _, _, sample = order({"a": n}, [Stage(0, {"a": 1.0})], W, K).samples(np.arange(n))
-    assert abs(np.corrcoef(sample, np.arange(n))[0, 1]) < 5 / np.sqrt(n / W)
-    # Within a group, windows are shuffled one by one: neighbours in the order are not neighbours in the file.
-    assert np.mean(np.abs(np.diff(sample)) == 1) < 2 * 2 / (K * W)
-    place_in_block = sample[: n // 2] % W
-    counts = np.bincount(place_in_block, minlength=W)
-    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
-    assert chi_squared < W + 5 * np.sqrt(2 * W)
-
-
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
         ([], "first must start at 0"),
-        ([Stage(5, WEIGHTS)], "first must start at 0"),
-        ([Stage(0, WEIGHTS), Stage(9, WEIGHTS), Stage(9, WEIGHTS)], "each later than the last"),
-        ([Stage(0, {})], "no source"),
-        ([Stage(0, {"z": 1.0})], "'z', which is not among data.sources"),
-        ([Stage(0, {"empty": 1.0})], "'empty', which has no full window"),
-        ([Stage(0, {"a": 0.0})], "'a' is 0.0, but weights must be positive"),
-        ([Stage(0, {"a": float("nan")})], "weights must be positive"),
-        ([Stage(0, {"a": 1.0, "b": 1e-5})], "'b' has 1e-05 of the mixture"),
+        ([Stage(5, WEIGHTS, T)], "first must start at 0"),
+        ([*MIXED, Stage(9, WEIGHTS, T), Stage(9, WEIGHTS, T)], "each later than the last"),
+        ([Stage(0, {}, T)], "no source"),
+        ([Stage(0, {"z": 1.0}, T)], "'z', which is not among data.sources"),
+        ([Stage(0, {"empty": 1.0}, T)], "'empty', which has no data"),
+        ([Stage(0, {"a": -1.0}, T)], "weights must be positive"),
+        ([Stage(0, {"a": 1.0, "b": 1e-5}, T)], "'b' has 1e-05 of the mixture"),
+        ([Stage(0, WEIGHTS, W * T + 1)], "shorter than the sequence length 401"),
     ],
 )
 def test_unusable_stages(stages: list[Stage], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SampleOrder(SIZES | {"empty": 0}, 100, 4, 7, stages)
-
-
-def test_the_order_is_recorded() -> None:
-    """Runs resume by this order: it must not change between versions, machines or numpys."""
-    positions = np.array([0, 1, 2, 4095, 4096, 9999, 10_000, 123_456])
-    got = order(stages=[Stage(0, WEIGHTS), Stage(10_000, {"b": 1.0, "c": 1.0})]).samples(positions)
-    assert [array.tolist() for array in got] == [
-        [2, 0, 0, 0, 0, 0, 2, 2],
-        [0, 0, 0, 0, 0, 0, 3, 191],
-        [254, 3537, 4669, 843, 8458, 1316, 135, 46],
-    ]
+        order(stages, SOURCES | {"empty": WindowSource(0, W * T)})

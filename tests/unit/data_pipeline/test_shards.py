@@ -8,6 +8,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.origins import ORIGIN_DTYPE
 from data_pipeline.shards import HASH_BLOCK_BYTES, ShardWriter, read_index, token_dtype, write_atomically
 
 U2 = np.dtype("<u2")
@@ -115,3 +116,17 @@ def test_no_index(tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match="is not a Megatron index"):
             read_index(path)
+
+
+def test_origins_go_with_their_documents(tmp_path: Path) -> None:
+    origins = np.array([(i, i // 3, 10 * i) for i in range(10)], dtype=ORIGIN_DTYPE)
+    lengths = np.full(10, 4)
+    with ShardWriter(tmp_path, U2, shard_bytes=30) as writer:
+        for part in (slice(0, 7), slice(7, 10)):
+            writer.append(np.zeros(lengths[part].sum(), dtype=U2), lengths[part], origins[part])
+    assert [shard.documents for shard in writer.shards] == [3, 3, 3, 1]
+    contents = [(tmp_path / f"{shard.name}.origin").read_bytes() for shard in writer.shards]
+    assert b"".join(contents) == origins.tobytes()
+    assert [shard.origin_xxh3 for shard in writer.shards] == [xxhash.xxh3_64_hexdigest(one) for one in contents]
+    sizes = {name: size for shard in writer.shards for name, size in shard.file_sizes().items()}
+    assert sizes == {path.name: path.stat().st_size for path in tmp_path.iterdir()}

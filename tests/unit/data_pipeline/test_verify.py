@@ -1,10 +1,13 @@
+import os
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.pack_files import plan_packing
 from data_pipeline.shards import HASH_BLOCK_BYTES
 from data_pipeline.verify import verify
 from tests.unit.data_pipeline.conftest import WriteFolder
+from tests.unit.data_pipeline.servers import file_server
 
 DOCUMENTS = [[1, *([7] * 50_000), 2]] * 4
 
@@ -50,9 +53,42 @@ def test_damage_beside_the_tokens(write_folder: WriteFolder, name: str) -> None:
         verify(folder)
 
 
-def test_a_truncated_shard(write_folder: WriteFolder) -> None:
-    folder = write_folder("a", DOCUMENTS)
-    path = folder / "shard_00000.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"has 400014 bytes, but the manifest says 400016 bytes"):
+def test_damage_of_a_pack(write_folder: WriteFolder) -> None:
+    folder = write_folder("a", DOCUMENTS, shard_bytes=210_000)
+    pack = plan_packing(folder, 1000)
+    verify(folder)
+    for name in ("pack1000.blocks", "shard_00001.pack1000"):
+        flip(folder / name, 5)
+        with pytest.raises(ValueError, match=f"damaged: {name} does not match its hash: copy it again"):
+            verify(folder)
+        flip(folder / name, 5)
+    (folder / pack.blocks_name).unlink()
+    with pytest.raises(ValueError, match=r"damaged: pack1000.blocks is missing"):
         verify(folder)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "xxh3"])
+def test_a_missing_file(write_folder: WriteFolder, suffix: str) -> None:
+    folder = write_folder("a", DOCUMENTS)
+    (folder / f"shard_00000.{suffix}").unlink()
+    with pytest.raises(ValueError, match=rf"^data folder {folder} is damaged: shard_00000\.{suffix} is missing: copy"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_a_shard_of_another_size(write_folder: WriteFolder, change: int) -> None:
+    folder = write_folder("a", DOCUMENTS)
+    os.truncate(folder / "shard_00000.bin", 400_016 + change)
+    with pytest.raises(ValueError, match=rf"has {400_016 + change} bytes, but the manifest says 400016 bytes"):
+        verify(folder)
+
+
+def test_a_folder_on_a_server(write_folder: WriteFolder) -> None:
+    folder = write_folder("a", DOCUMENTS, shard_bytes=210_000)
+    with file_server(folder.parent) as server:
+        assert verify(f"{server.url}/a") == verify(folder)
+        flip(folder / "shard_00001.bin", 2 * HASH_BLOCK_BYTES)
+        with pytest.raises(
+            ValueError, match=rf"^data folder {server.url}/a is damaged: shard shard_00001\.bin, block 2"
+        ):
+            verify(f"{server.url}/a")

@@ -94,6 +94,7 @@ def test_errors_are_raised_for_the_top_level(corpus: list[Path], folder: Path, t
         (("prepare", "--input", corpus[0], "--tokenizer", model, "--out", folder), "exists and is finished"),
         (("prepare", "--input", "nowhere", "--tokenizer", model, "--out", tmp_path / "e"), "nowhere does not exist"),
         (("prepare", "--input", corpus[0], "--tokenizer", model, "--out", tmp_path / "e"), "no document in"),
+        (("prepare", "--tokenizer", model, "--out", tmp_path / "e"), "either --input PATH ... or --corpus FILE"),
         (("train-tokenizer", "--input", corpus[0], "--vocab-size", 310, "--out", model), "exists: choose another"),
         (("verify", tmp_path / "nowhere"), "nowhere does not exist"),
         (("show", tmp_path), "is unfinished or no data folder"),
@@ -101,7 +102,7 @@ def test_errors_are_raised_for_the_top_level(corpus: list[Path], folder: Path, t
         result = run(*arguments)
         assert isinstance(result.exception, ValueError), arguments
         assert message in str(result.exception)
-    assert run("prepare", "--tokenizer", model, "--out", tmp_path / "e").exit_code == 2
+    assert run("prepare", "--input", corpus[0], "--out", tmp_path / "e").exit_code == 2
 
 
 def test_the_commands_load_nothing_heavy_before_they_run() -> None:

@@ -12,8 +12,10 @@ from launch.gpus import GPUS, gpu_named
 from launch.plan import make_plan, nearest_fit, run_length
 from launch.run_folder import recipe_path
 from pretrain.config import RunConfig
+from pretrain.data_plan import stage_at
+from pretrain.data_stages import Place
 from pretrain.recipe import load_config
-from pretrain.schedule import batch_size_at, finished
+from pretrain.schedule import finished
 
 RUNNER = CliRunner()
 H100 = GPUS["h100-80g"]
@@ -38,7 +40,7 @@ def test_the_length_is_that_of_the_loop(ramp: list[tuple[int, int]], total: int,
     )
     steps = tokens = 0
     while not finished(config.schedule, steps, tokens):
-        steps, tokens = steps + 1, tokens + 8 * batch_size_at(config, tokens)
+        steps, tokens = steps + 1, tokens + 8 * stage_at(config, Place(steps, 0, tokens), {}).batch_size(tokens)
     assert run_length(config) == (steps, tokens)
 
 

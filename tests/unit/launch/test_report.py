@@ -49,7 +49,7 @@ def write_run(path: Path, steps: int, moe: bool = False) -> RunDir:
     made = MadeUpRun(cluster=True)
     made.submitted(30.0)
     made.attempt(0, 5.0, checks=1.0)
-    made.write("stage", step=0, position=0, weights={EVIL: 3.0, "_code": 1.0})
+    made.write("stage", step=0, position=0, weights={EVIL: 3.0, "_code": 1.0}, sequence_length=24, global_batch_size=8)
     while made.step < steps:
         number = made.step + 1
         load = {"0": 1.5, "1": 1.7} if moe else None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -128,13 +129,20 @@ def test_culprit(codes: dict[int, int], said: str) -> None:
 
 
 def test_a_resumed_run_reads_the_same_data() -> None:
-    old = {"tokenizer": "t1", "manifests": {"a": "m1", "b": "m2"}}
-    check_same_data(old, {"tokenizer": "t1", "manifests": {"a": "m1", "new": "m9"}}, [])
+    old = {"tokenizer": "t1", "manifests": {"a": "m1", "b": "m2"}, "packs": {"a": {"64": "p1"}}}
+
+    def now(tokenizer: str = "t1", bins: dict[str, str] | None = None, **manifests: str) -> dict[str, Any]:
+        return {"tokenizer": tokenizer, "manifests": manifests, "packs": {name: bins or {} for name in manifests}}
+
+    check_same_data(old, now(a="m1", new="m9"), [])
+    check_same_data(old, now(a="m1", bins={"64": "p1", "128": "p7"}), [])
+    with pytest.raises(ValueError, match="data source a was packed anew for 64 tokens"):
+        check_same_data(old, now(a="m1", bins={"64": "p2"}), [])
     with pytest.raises(ValueError, match="tokenizer was t1 and would become t2.*--allow tokenizer"):
-        check_same_data(old, {**old, "tokenizer": "t2"}, ["manifest"])
+        check_same_data(old, now("t2", a="m1"), ["manifest"])
     with pytest.raises(ValueError, match="data source b is not what this run has read.*--allow manifest"):
-        check_same_data(old, {"tokenizer": "t1", "manifests": {"b": "m3"}}, ["tokenizer"])
-    check_same_data(old, {"tokenizer": "t2", "manifests": {"b": "m3"}}, ["tokenizer", "manifest"])
+        check_same_data(old, now(b="m3"), ["tokenizer"])
+    check_same_data(old, now("t2", b="m3"), ["tokenizer", "manifest"])
 
 
 def test_weights_to_start_from_are_of_this_model_and_tokenizer(tmp_path: Path) -> None:

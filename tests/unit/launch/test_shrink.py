@@ -21,11 +21,13 @@ from launch.shrink import (
 )
 from model.config import ModelConfig, has_experts, padded_vocab_size
 from pretrain.config import RunConfig
+from pretrain.data_plan import timeline
+from pretrain.data_stages import Place, batches
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.layout import Layout, batch_sizes, check_layout, micro_batches
 from pretrain.recipe import load_config, merged, validated
 from pretrain.resume_policy import changes
-from pretrain.schedule import batch_plan, finished
+from pretrain.schedule import finished
 from pretrain.sequence_parallel import key_value_copies
 
 DEGREES = st.sampled_from([1, 2, 3, 4, 6, 8, 16])
@@ -189,7 +191,7 @@ def test_a_rehearsal_takes_the_same_phases(run: tuple[RunConfig, int]) -> None:
     config, world = run
     small, ranks = rehearsal_config(config, world)
     tokens, sizes = 0, []
-    for (_, size), step in zip(batch_plan(small, 0, 0), range(STEPS), strict=False):
+    for (_, size), step in zip(batches(timeline(small, [], Place(), (), {}), Place(), ()), range(STEPS), strict=False):
         assert not finished(small.schedule, step, tokens)
         sizes.append(size)
         tokens += size * small.data.sequence_length
@@ -207,7 +209,7 @@ def test_a_rehearsal_takes_the_same_phases(run: tuple[RunConfig, int]) -> None:
         accumulates = micro_batches(config, size, full.data) > 1
         assert not accumulates or micro_batches(small, its_size, layout.data) > 1
     assert (small.batch.micro_batch_size > 1) == (config.batch.micro_batch_size > 1)
-    assert max(batch_sizes(small.batch)) <= 2 * 3 * layout.data
+    assert max(batch_sizes(small)) <= 2 * 3 * layout.data
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from data_pipeline.batch import IGNORED_TARGET
-from data_pipeline.corpus import Document
+from data_pipeline.corpus.document import Document
 from pretrain.evaluate import Evaluation, Score, Window, Windowing, deal, document_windows, evaluate, packed, score
 from pretrain.load_model import LoadedModel, load_model
 from tests.tiny_hf import TEXTS, tiny_hf_folder, tokenizer_without

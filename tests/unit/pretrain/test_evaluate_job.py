@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.evaluate import Score
-from pretrain.evaluate_job import EvaluationJob, domain_name, parse_domains, run_job, survey
+from pretrain.evaluate_job import EvaluationJob, parse_domains, run_job, survey
 from pretrain.evaluate_progress import ProgressDisplay
 from tests.tiny_hf import TEXTS, tiny_hf_folder
 
@@ -21,20 +21,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_lines(path: Path, texts: list[str], field: str = "text") -> Path:
     path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts), encoding="utf-8")
     return path
-
-
-@pytest.mark.parametrize(
-    ("path", "name"),
-    [
-        ("corpora/news.jsonl", "news"),
-        ("news.jsonl.gz", "news"),
-        ("news.txt.zst", "news"),
-        ("owner/dataset", "dataset"),
-        ("https://host/v1/news.parquet", "news"),
-    ],
-)
-def test_a_domain_is_named_after_its_path(path: str, name: str) -> None:
-    assert domain_name(path) == name
 
 
 def test_domains_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

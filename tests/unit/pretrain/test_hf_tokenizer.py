@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer
 
-from data_pipeline.tokenizer import SPACE, Tokenizer, train_tokenizer
+from data_pipeline.sentencepiece_codec import SPACE
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 from pretrain.hf import config_to_hf
 from pretrain.hf_tokenizer import check_fast_tokenizer, write_fast_tokenizer
 from tests.conftest import STDLIB

@@ -126,7 +126,16 @@ def test_loaders_of_all_ranks_read_each_sample_once(corpus: Corpus) -> None:
 
     def read(data_rank: int, data_world: int) -> list[list[int]]:
         plan = iter([(0, 8), (8, 8)])
-        loader = Loader(config.data, 0, [Stage(0, {"code": 1.0})], data_rank, data_world, 2, False, plan)
+        loader = Loader(
+            config.data,
+            0,
+            [Stage(0, {"code": 1.0}, config.data.sequence_length)],
+            data_rank,
+            data_world,
+            2,
+            False,
+            plan,
+        )
         return [row for batches in loader for batch in batches for row in batch.tokens.tolist()]
 
     everything = read(0, 1)
@@ -143,7 +152,7 @@ def test_micro_batches_make_up_the_global_batch(layout: Layout, micro: int, coun
     size = layout.data * micro * count
     config = small_config(f"batch={{global_batch_size: {size}, micro_batch_size: {micro}}}")
     assert micro_batches(config, size, layout.data) == count
-    with pytest.raises(ValueError, match=f"batch.ramp: size={size + 1} is not a multiple of"):
+    with pytest.raises(ValueError, match=f"global_batch_size={size + 1} is not a multiple of"):
         micro_batches(config, size + 1, layout.data * (size + 2))  # more ranks than samples
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer_training import train_tokenizer
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.engine import build_decoder
 from pretrain.load_model import load_model
@@ -194,7 +195,7 @@ def test_a_missing_tokenizer_is_refused(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="check --tokenizer"):
         load_model(hf, tokenizer=tmp_path / "missing.model")
     (hf / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match="name its sentencepiece model with --tokenizer"):
+    with pytest.raises(ValueError, match="name its tokenizer with --tokenizer"):
         load_model(hf)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import xxhash
 
+from data_pipeline.tokenizer_files import fingerprint_of
 from pretrain.boxes import Box
 from pretrain.checkpoint.index import (
     CheckpointIndex,
     DamagedError,
     OtherVersionError,
     checked_index,
-    fingerprint_of,
     packed_boxes,
     parse_index,
     read_index,

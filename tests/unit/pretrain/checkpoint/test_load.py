@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_pipeline.order import Stage
+from data_pipeline.tokenizer_files import fingerprint_of
 from model.parameters import buffer_shapes, parameter_shapes
 from pretrain.checkpoint.commit import write_weights
 from pretrain.checkpoint.folder import list_checkpoints, list_damaged
-from pretrain.checkpoint.index import DamagedError, fingerprint_of, read_index
+from pretrain.checkpoint.index import DamagedError, read_index
 from pretrain.checkpoint.load import load_checkpoint, load_initial_weights, load_newest
 from pretrain.checkpoint.read import read_weights
 from pretrain.checkpoint.save import save_checkpoint
+from pretrain.data_stages import DataStage, Place
 from pretrain.engine_torch import TorchEngine
 from pretrain.state import TrainState
 from tests.checkpoint_edit import edit_index
@@ -61,7 +62,11 @@ def test_what_is_saved_is_what_is_loaded(model: str, precision: str, tokenizer: 
     engine, fresh = new_engine(*overrides), new_engine(*overrides, "seed=9")
     for step in range(2):
         train(engine, step)
-    state = TrainState(2, 17, 408, [Stage(0, {"a": 0.25, "b": 0.75}), Stage(9, {"a": 1.0})])
+    stages = [
+        DataStage(Place(), {"a": 0.25, "b": 0.75}, 24, 8, ((100, 4),), {"a": 2}),
+        DataStage(Place(1, 9, 216), {"a": 1.0}, 48, 4, ()),
+    ]
+    state = TrainState(2, 17, 408, stages)
     path = save_checkpoint(tmp_path, engine, state, engine.config, tokenizer, None)
     assert path.name == "step_00000002"
     index = read_index(path)

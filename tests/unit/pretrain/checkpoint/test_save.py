@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.tokenizer_files import fingerprint_of
 from pretrain.boxes import Box, Piece
 from pretrain.checkpoint.folder import checkpoint_path, list_checkpoints, newest_checkpoint
-from pretrain.checkpoint.index import fingerprint_of, read_index
+from pretrain.checkpoint.index import read_index
 from pretrain.checkpoint.load import load_newest
 from pretrain.checkpoint.read import read_weights
 from pretrain.checkpoint.save import CheckpointError, CheckpointSaver, Saved, Staging, save_checkpoint
@@ -91,7 +92,7 @@ def test_what_is_saved_is_the_state_at_the_start(waits: bool, run: Run, engine: 
         run.staging.released.set()
         run.saver.staged()
 
-    state.advance(8, 24)
+    state.advance(8, 8 * 24)
     train(engine, 2, before_update if waits else lambda: None)
     run.staging.released.set()
     train(engine, 3, run.saver.staged)

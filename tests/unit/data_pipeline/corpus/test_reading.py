@@ -9,22 +9,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.corpus import Document, Rejected, corpus_bytes, read_documents
-
-TEXTS = ["one\n", "  zwei  ", "三 🎈", "four\r\n\tfive"]
+from data_pipeline.corpus.config import CorpusConfig, InputConfig, corpus_of
+from data_pipeline.corpus.document import Document, Rejected
+from data_pipeline.corpus.listing import corpus_bytes
+from data_pipeline.corpus.reading import read_documents, read_file
+from tests.unit.data_pipeline.corpus.reading_helpers import TEXTS, as_lines, only_file, read, texts_of
 
 
 def compress_zst(content: bytes) -> bytes:
     return pyarrow.compress(content, codec="zstd", asbytes=True)
-
-
-def as_lines(texts: list[str], field: str = "text") -> bytes:
-    return "".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts).encode()
-
-
-def read(*paths: Path | str, text_field: str = "text") -> tuple[list[Document], list[Rejected]]:
-    rejected: list[Rejected] = []
-    return list(read_documents([str(path) for path in paths], text_field, rejected.append)), rejected
 
 
 @pytest.mark.parametrize(
@@ -80,7 +73,7 @@ def test_broken_lines_are_reported_and_passed_over(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
     documents, rejected = read(path)
     assert [document.text for document in documents] == ["good", "whole 😀", "", "last"]
-    assert [document.index for document in documents] == [0, 1, 2, 3]
+    assert [document.index for document in documents] == [0, 8, 10, 11]
     assert [record.line for record in rejected] == [2, 3, 4, 5, 7, 8, 10]
     reasons = [
         "invalid JSON",
@@ -95,38 +88,6 @@ def test_broken_lines_are_reported_and_passed_over(tmp_path: Path) -> None:
         assert reason in record.reason
         assert record.path == str(path)
         assert record.raw == lines[record.line - 1] + b"\n"
-
-
-def write_parquet(path: Path, texts: pyarrow.Array, field: str = "text") -> None:
-    pyarrow.parquet.write_table(pyarrow.table({field: texts, "id": list(range(len(texts)))}), path)
-
-
-def test_parquet(tmp_path: Path) -> None:
-    path = tmp_path / "c.parquet"
-    write_parquet(path, pyarrow.array([*TEXTS, None, "last"]), "content")
-    documents, rejected = read(path, text_field="content")
-    assert [document.text for document in documents] == [*TEXTS, "last"]
-    assert [document.index for document in documents] == list(range(5))
-    assert [(record.line, record.reason) for record in rejected] == [(5, "no field 'content'")]
-    with pytest.raises(ValueError, match=r"no column 'text': name one of content, id with --text-field"):
-        read(path)
-
-
-def test_parquet_with_invalid_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "c.parquet"
-    raw = pyarrow.array([b"good", b"bad \xff", b"too"], pyarrow.binary())
-    write_parquet(path, pyarrow.Array.from_buffers(pyarrow.string(), 3, raw.buffers()))
-    documents, rejected = read(path)
-    assert [document.text for document in documents] == ["good", "too"]
-    assert [(record.line, record.raw) for record in rejected] == [(2, b"bad \xff")]
-
-
-@pytest.mark.parametrize("content", [b"no parquet at all", b"PAR1" + bytes(100) + b"PAR1"])
-def test_damaged_parquet(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "c.parquet"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c\.parquet"):
-        read(path)
 
 
 def test_a_folder_of_sources(tmp_path: Path) -> None:
@@ -165,12 +126,12 @@ def test_a_folder_below_a_hidden_one_is_not_hidden(tmp_path: Path) -> None:
 def test_paths_follow_each_other_and_bytes_add_up(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(as_lines(["first"])))
-    write_parquet(tmp_path / "c.parquet", pyarrow.array(["third"]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["third"], "id": [3]}), tmp_path / "c.parquet")
     paths = [str(tmp_path / name) for name in ("a.jsonl.gz", "b.txt", "c.parquet")]
     counts: list[int] = []
-    documents = list(read_documents(paths, on_bytes=counts.append))
+    documents = list(read_documents(corpus_of(paths), on_bytes=counts.append))
     assert [document.text for document in documents] == ["first", "second", "third"]
-    assert sum(counts) == corpus_bytes(paths) == sum(Path(path).stat().st_size for path in paths)
+    assert sum(counts) == corpus_bytes(corpus_of(paths)) == sum(Path(path).stat().st_size for path in paths)
 
 
 def test_a_whole_text_is_one_document_as_it_is(tmp_path: Path) -> None:
@@ -185,7 +146,7 @@ def test_a_missing_path(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"input {name} does not exist"):
         read(name)
     with pytest.raises(ValueError, match="does not exist"):
-        corpus_bytes([str(tmp_path / name)])
+        corpus_bytes(corpus_of([str(tmp_path / name)]))
 
 
 def test_a_mistyped_path_beside_its_folder_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +161,6 @@ def test_a_hub_name_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"steppe-tests/none is neither a path nor a Hugging Face dataset"):
         read("steppe-tests/none")
-    assert corpus_bytes(["steppe-tests/none"]) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"no json\n\xff\n"])
@@ -212,3 +172,96 @@ def test_no_document_at_all(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no document in"):
         read(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, compress_zst])
+def test_all_members_of_an_archive_are_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    suffix = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}.get(compress, "zst")
+    path = tmp_path / f"c.jsonl.{suffix}"
+    path.write_bytes(b"".join(compress(as_lines([text])) for text in TEXTS))
+    assert texts_of(path) == TEXTS
+
+
+def test_lines(tmp_path: Path) -> None:
+    path = tmp_path / "c.txt.gz"
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbffirst\r\n\n  second \nbad \xff\nlast"))
+    rejected: list[Rejected] = []
+    documents = list(read_file(*only_file(path, format="lines"), on_bad=rejected.append))
+    assert [(document.index, document.text) for document in documents] == [(0, "first"), (2, "  second "), (4, "last")]
+    assert [(record.line, record.raw) for record in rejected] == [(4, b"bad \xff\n")]
+
+
+ROWS = [
+    {"text": "a", "lang": "en", "score": 0.5, "meta": {"source": "web", "ok": True}},
+    {"text": "b", "lang": "de", "score": 0.7, "meta": {"source": "web", "ok": True}},
+    {"text": "cc", "lang": "en", "score": 0.9, "meta": {"source": "books", "ok": False}},
+    {"text": "d", "lang": None, "score": "high", "meta": "none", "date": "2024-02-01"},
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ({}, "a b cc d"),
+        ({"lang": "en"}, "a cc"),
+        ({"lang": {"in": ["de", None]}}, "b d"),
+        ({"score": {"min": 0.7}}, "b cc"),
+        ({"score": {"min": 0.5, "max": 0.7}, "lang": "en"}, "a"),
+        ({"meta.source": {"in": ["books", "news"]}}, "cc"),
+        ({"meta.ok": True}, "a b"),
+        ({"date": {"min": "2024-01-01", "max": "2025"}}, "d"),
+        ({"absent": None}, "a b cc d"),
+        ({"absent": 1}, ""),
+    ],
+)
+def test_conditions_on_fields(tmp_path: Path, where: dict[str, object], kept: str) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    left_out: list[int] = []
+    documents = list(read_file(*only_file(path, where=where), on_left_out=left_out.append))
+    assert [document.text for document in documents] == kept.split()
+    assert sum(left_out) + sum(len(document.text) for document in documents) == 5
+    assert len(left_out) + len(documents) == 4
+
+
+def test_a_text_inside_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"doc": {"body": "inner"}}\n{"doc": "flat"}\n{"doc.body": "dotted"}\n')
+    assert texts_of(path, text_field="doc.body") == ["inner", "dotted"]
+
+
+def test_a_corpus_of_which_nothing_meets_the_conditions_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(as_lines(TEXTS))
+    corpus = CorpusConfig(inputs=(InputConfig.model_validate({"path": str(path), "where": {"lang": "en"}}),))
+    with pytest.raises(ValueError, match="4 documents left out by where"):
+        list(read_documents(corpus))
+
+
+def test_a_file_that_changes_is_no_corpus(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(as_lines(TEXTS))
+    file, input_ = only_file(path)
+    reader = read_file(file, input_)
+    next(reader)
+    with path.open("ab") as more:
+        more.write(as_lines(["late"]))
+    with pytest.raises(ValueError, match=r"c\.jsonl changed while it was read"):
+        list(reader)
+    with pytest.raises(ValueError, match=r"c\.jsonl changed after it was listed"):
+        list(read_file(file, input_))
+    path.unlink()
+    with pytest.raises(ValueError, match="there is no such file"):
+        list(read_file(file, input_))
+
+
+def test_no_error_quotes_a_text(tmp_path: Path) -> None:
+    secret = "Erika Mustermann"
+    lines = [f'{{"text": "{secret}', f'{{"text": "{secret}"}} {secret}', f'["{secret}"]', f'{{"text": ["{secret}"]}}']
+    path = tmp_path / "c.jsonl"
+    path.write_text("\n".join(lines))
+    rejected: list[Rejected] = []
+    with pytest.raises(ValueError, match="no document") as error:
+        list(read_documents(corpus_of([path]), rejected.append))
+    assert len(rejected) == 4
+    assert all("Erika" not in reason for reason in [str(error.value), *(record.reason for record in rejected)])

@@ -1,0 +1,89 @@
+"""`steppe data prepare`: from the words of the command line to a corpus that is prepared here or on a cluster."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Self
+
+from data_pipeline.corpus.config import CorpusConfig, corpus_of, load_corpus
+from data_pipeline.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.preparation.job import Request, prepare_corpus
+from data_pipeline.preparation.workers import Progress
+from launch.byte_progress import ByteProgress
+
+
+def chosen_corpus(paths: list[str], corpus: Path | None, text_field: str) -> CorpusConfig:
+    """Of plain paths or of a YAML file. Raises ValueError where there are both or neither, or something is wrong."""
+    if bool(paths) == (corpus is not None):
+        raise ValueError("which text? Give either --input PATH ... or --corpus FILE")
+    return corpus_of(paths, text_field) if corpus is None else load_corpus(corpus)
+
+
+def prepare_here(request: Request, workers: int | None) -> Manifest:
+    """Prepare on this machine, and say on stderr how far it is. Raises as `prepare_corpus`."""
+    before = Manifest.load(request.out) if (request.out / MANIFEST_NAME).exists() else None
+    with PhaseProgress() as line:
+        manifest = prepare_corpus(request, workers, line.tell)
+    if manifest == before:
+        print(f"steppe: {request.out} was finished before, and stays as it is", file=sys.stderr)
+    return manifest
+
+
+def queue_preparation(
+    request: Request,
+    workers: int | None,
+    cluster: str,
+    tasks: int | None,
+    time_limit: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Queue the same command as an array on a cluster, or show how. Raises ValueError, OSError."""
+    from launch.cluster.preparation import PreparationArray
+    from launch.cluster.slurm import NoSlurmError, SlurmError
+
+    if tasks is None:
+        raise ValueError("--cluster needs --tasks N: of how many tasks is the array to be?")
+    array = PreparationArray(cluster, tasks, request, workers, time_limit)
+    if dry_run:
+        try:
+            answer = array.tested()
+        except (NoSlurmError, SlurmError) as error:
+            answer = f"not tested: {error}"
+        if as_json:
+            print(json.dumps({"script": array.script(), "slurm": answer}))
+        else:
+            print(array.script(), end="")
+            print(f"steppe: {answer}", file=sys.stderr)
+        return
+    job_id = array.submit()
+    if as_json:
+        print(json.dumps({"job_id": job_id, "tasks": tasks, "cluster": cluster, "path": str(request.out)}))
+    elif job_id is None:
+        print(f"{request.out} was finished before: nothing is queued")
+    else:
+        print(f"job {job_id}: {tasks} task{'s' * (tasks > 1)} on {cluster}, which write {request.out}")
+
+
+class PhaseProgress:
+    """A context in which a preparation tells how far it is: a line or bar for each of its phases."""
+
+    def __init__(self) -> None:
+        self._phase: str | None = None
+        self._line: ByteProgress | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._line is not None:
+            self._line.__exit__(*exception)
+
+    def tell(self, progress: Progress) -> None:
+        """So far is the current phase."""
+        if self._line is None or progress.phase != self._phase:
+            self.__exit__()
+            self._phase = progress.phase
+            self._line = ByteProgress(progress.phase, progress.total_bytes)
+            self._line.__enter__()
+        self._line.reach(progress.done_bytes)
