@@ -3,6 +3,7 @@
 import typer
 
 from launch.bench.checkpoint import checkpoint
+from launch.bench.data import data
 from launch.bench.memory import memory
 from launch.bench.train import train
 
@@ -10,6 +11,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.command("train")(train)
 app.command("memory")(memory)
 app.command("checkpoint")(checkpoint)
+app.command("data")(data)
 
 
 @app.callback()  # without it, typer would take the only command for the whole
