@@ -1,11 +1,14 @@
 """What must hold before ranks start: each check raises ValueError with the value, the rule and the remedy."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.mixture import effective_weights, shares
+from data_pipeline.remote import is_local
 from data_pipeline.token_source import check_same_tokenizer
 from data_pipeline.tokenizer_files import fingerprint_of
 from pretrain.config import RunConfig
@@ -76,11 +79,27 @@ def check_data(config: RunConfig) -> dict[str, Any]:
     check_same_tokenizer(manifests)
     _check_shares(config, {source.name: manifests[source.path].tokens for source in config.data.sources})
     training = {source.name: manifests[source.path] for source in config.data.sources}
+    if (shortage := cache_shortage(config.data, manifests)) is not None:
+        print(f"steppe: {shortage}", file=sys.stderr)
     return {
         "tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint,
         "manifests": {name: manifest.stream_fingerprint for name, manifest in training.items()},
         "packs": {name: _packs(manifest, config) for name, manifest in training.items()},
     }
+
+
+def cache_shortage(data: DataConfig, manifests: Mapping[str, Manifest]) -> str | None:
+    """A warning if the cache cannot hold what is read at a time: two groups of shuffle blocks of each source in it."""
+    group_bytes = data.shuffle_group_blocks * data.shuffle_block_bytes
+    cached = [s.path for s in data.sources if data.cache.folder and (data.cache.local_sources or not is_local(s.path))]
+    needed = sum(min(2 * group_bytes, sum(shard.bin_bytes for shard in manifests[path].shards)) for path in cached)
+    if needed <= data.cache.max_bytes:
+        return None
+    return (
+        f"data.cache.max_bytes={data.cache.max_bytes} is less than two groups of shuffle blocks of each source "
+        f"({needed} bytes): what was fetched will be fetched again; raise it, or lower data.shuffle_group_blocks in a "
+        "new run"
+    )
 
 
 def _packs(manifest: Manifest, config: RunConfig) -> dict[str, str]:

@@ -52,7 +52,7 @@ def checked_recipe(recipe: str, overrides: list[str], run: RunDir) -> RunConfig:
 def new_run(config: RunConfig, run: RunDir) -> Iterator[None]:
     """Make the run's folder, and hold its lock. Raises ValueError if there is one, or its data is not as it must be."""
     data = check_data(config)
-    check_order(config, TrainState())
+    print(check_order(config, TrainState()), file=sys.stderr)
     config = with_checked_init(config, data["tokenizer"])
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
@@ -149,7 +149,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def absolute(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
         return tuple(
-            source.model_copy(update={"path": str(Path(source.path).resolve())}) if is_local(source.path) else source
+            source.model_copy(update={"path": str(Path(source.path.removeprefix("file://")).resolve())})
+            if is_local(source.path)
+            else source
             for source in sources
         )
 

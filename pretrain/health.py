@@ -88,7 +88,7 @@ class Health:
         back, health = restored.state, self.config.health
         end = state.position + health.spike_skip_steps * state.stages[-1].batch_size(state.tokens)
         left_out = (back.position, end)
-        back.leave_out([left_out])
+        back.leave_out([left_out, *self.config.skips.data])
         self._rewinds[back.step] = self._rewinds.get(back.step, 0) + 1
         if self._rewinds[back.step] > health.max_rewinds:
             return back, Outcome(

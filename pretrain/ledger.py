@@ -53,8 +53,11 @@ def state_on_record(run: RunDir) -> TrainState:
     return TrainState.from_state_dict(trainer)
 
 
-def check_order(config: RunConfig, state: TrainState) -> None:
-    """Raise ValueError if the sources cannot be read as the config says, or end before the run does."""
+def check_order(config: RunConfig, state: TrainState) -> str:
+    """Raise ValueError if the sources cannot be read as the config says, or end before the run does.
+
+    Returns how often the run will have read each of them, in words.
+    """
     with closing(Ledger(config, state)) as ledger:
         end, last = ledger.end(), ledger.order.ends_at
         if last is not None and last < end.position:
@@ -62,6 +65,8 @@ def check_order(config: RunConfig, state: TrainState) -> None:
                 f"data.sources: their max_epochs let the data end with sample {last:,}, and the run reads "
                 f"{end.position:,} samples in its {end.step:,} steps: raise max_epochs, add data, or train for less"
             )
+        read = ", ".join(f"{name} {count.epochs or 0:.3g}" for name, count in ledger.consumed(end).items())
+        return f"by step {end.step:,} the run will have read each source so many times: {read}"
 
 
 class Ledger:

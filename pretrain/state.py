@@ -61,8 +61,9 @@ class TrainState:
         return self.stages != before
 
     def leave_out(self, data: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Never read these ranges of positions; returns those of them that are new."""
-        new = [pair for pair in data if pair not in self.left_out]
+        """Never read these ranges of positions from here on; returns what of them is new. What was read stays so."""
+        to_come = ((max(start, self.position), end) for start, end in data)
+        new = [pair for pair in to_come if pair[0] < pair[1] and pair not in self.left_out]
         self.left_out = sorted([*self.left_out, *new])
         return new
 
@@ -73,5 +74,10 @@ class TrainState:
         self.tokens += tokens
 
 
-def _stage(begin: dict[str, int], ramp: list[list[int]], **rest: Any) -> DataStage:
+def _stage(begin: dict[str, int] | None = None, ramp: Iterable[list[int]] = (), **rest: Any) -> DataStage:
+    if begin is None:
+        raise ValueError(
+            "the checkpoint is of an earlier Steppe, which did not note the sequence length and the batch size of each "
+            "stage of its data: go on with that version, or start a new run with init_from"
+        )
     return DataStage(begin=Place(**begin), ramp=tuple((end, size) for end, size in ramp), **rest)

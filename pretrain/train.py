@@ -87,6 +87,7 @@ def train(
             micro_batches = next(batches)
             sequences = sum(len(batch.tokens) for batch in micro_batches) * dims.data_world
             tokens_in_step = sequences * state.stages[-1].sequence_length
+            assert micro_batches[0].tokens.shape[1] == state.stages[-1].sequence_length
             lr = learning_rate(config, state.step, state.tokens, tokens_in_step)
             skip = state.step + 1 in config.skips.updates
             stats = engine.train_step(micro_batches, lr, before_update=saver.staged, skip=skip)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import SourceConfig
-from data_pipeline.loader import validation_batches
 from data_pipeline.manifest import Manifest
+from data_pipeline.validation import validation_batches
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
 from pretrain.parallel_dims import ParallelDims, first_of, gathered

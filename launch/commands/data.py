@@ -85,7 +85,10 @@ def prepare(
 
 
 @app.command("verify")
-def verify(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJson = False) -> None:
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A data folder, here or in an object store.")],
+    as_json: AsJson = False,
+) -> None:
     """Read every byte of a data folder and compare it with the hashes of what was written."""
     from dataclasses import asdict
 
@@ -96,7 +99,7 @@ def verify(folder: Annotated[Path, typer.Argument(metavar="DIR")], as_json: AsJs
     total_bytes = sum(shard.bin_bytes for shard in Manifest.load(folder).shards)
     with ByteProgress("verifying", total_bytes) as line:
         report = run(folder, lambda done, total: line.reach(done))
-    _report({"path": str(folder), **asdict(report)}, as_json)
+    _report({"path": folder, **asdict(report)}, as_json)
 
 
 @app.command("show")
@@ -117,14 +120,18 @@ def show(
     of_a_run = {"--step": step, "--rank": rank, "--ranks": ranks, "--text": full_text or None}
     for flag in (flag for flag, value in of_a_run.items() if value is not None):
         raise ValueError(f"{path} is no run (it has no config.yaml), and {flag} is of a run: leave it out")
+    from tempfile import TemporaryDirectory
+
+    from data_pipeline.config import CacheConfig
     from data_pipeline.documents import Documents
     from data_pipeline.token_source import TokenSource
     from data_pipeline.tokenizer import Tokenizer
 
-    source = TokenSource(path)
-    manifest = source.manifest
-    first = next(Documents(source).parts(0, min(manifest.tokens, SHOWN_TOKENS))).tokens
-    source.close()
+    with TemporaryDirectory(prefix="steppe-show-") as scratch:
+        source = TokenSource(path, cache=CacheConfig(folder=scratch))
+        manifest = source.manifest
+        first = next(Documents(source).parts(0, min(manifest.tokens, SHOWN_TOKENS))).tokens
+        source.close()
     text = Tokenizer(f"{path}/{manifest.tokenizer_file}").decode(first)
     summary = {"path": path, **_summary(manifest), "fingerprint": manifest.fingerprint, "first_document": text}
     if as_json:

@@ -26,10 +26,10 @@ from tests.dist.reshard_pairs import LAYOUTS, LOADS, SAME, SAVED_AFTER, STEPS, L
 from tests.small_run import SEQUENCE_LENGTH
 
 FOLDER = Path(os.environ["RESHARD_FOLDER"])
-# The mixture changes a step before the checkpoint; and after it once more, with the sequence length.
+# The mixture changes before the checkpoint; and a step after it once more, with the sequence length.
 STAGES = (
-    "data.stages=[{from_step: 1, weights: {first: 1, second: 1}}, "
-    f"{{from_step: 3, weights: {{second: 1}}, sequence_length: {2 * SEQUENCE_LENGTH}}}]"
+    "data.stages=[{from_step: 1, weights: {first: 3, second: 1}}, "
+    f"{{from_step: 4, weights: {{second: 1}}, sequence_length: {2 * SEQUENCE_LENGTH}}}]"
 )
 # A loss scale that is not the first one, and rises at every step but the first: state that must travel.
 FP16_SCALER = {"cur_scale": 2.0**10, "scale_window": 1}

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from pretrain.config import RunConfig
 from tests.small_run import MODELS, small_config
 
-STEPS, SAVED_AFTER = 4, 2  # of every layout
+STEPS, SAVED_AFTER = 5, 3  # of every layout; of an odd number of steps, for the routers' biases go up or down in each
 
 # Sizes that 4 ranks cannot share evenly, here and of the norms of heads of 6: ZeRO's shares end within rows, and the
 # last is padded.

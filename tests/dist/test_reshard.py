@@ -123,6 +123,7 @@ def test_every_layout_saves_the_same_state(results: dict[str, Any], folder: Path
     expected, found = saved_state(folder, reference), saved_state(folder, layout)
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        limit = 1e-5 if layout.precision == "fp32" else 0.1
+        rounded = 0.2 if key[0] == "exp_avg_sq" else 0.1  # a square is twice as far off
+        limit = 1e-5 if layout.precision == "fp32" else rounded
         assert tensor.norm() > 0
         assert (found[key] - tensor).norm() <= limit * tensor.norm(), key

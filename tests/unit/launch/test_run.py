@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.config import CacheConfig
+from data_pipeline.manifest import Manifest
+from data_pipeline.shards import ShardInfo
 from launch.ranks import RanksError, StoppedError, culprit, run_ranks
 from launch.run import failure
-from launch.run_checks import check_checkpoints_are_there, check_same_data, with_checked_init
+from launch.run_checks import cache_shortage, check_checkpoints_are_there, check_same_data, with_checked_init
 from launch.run_folder import locked, recipe_path
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.checkpoint.index import read_index
@@ -21,6 +24,7 @@ from pretrain.hang import HANG, Report
 from pretrain.outcome import Outcome, exit_code_of
 from pretrain.recipe import load_config, validated
 from pretrain.run_dir import RunDir, event_line, read_json, write_json
+from tests.small_run import small_config
 from tests.tiny_run import write_run
 
 
@@ -215,3 +219,18 @@ def test_ranks_share_the_cores_and_leave_the_environment(monkeypatch: pytest.Mon
         run_ranks("threads_of_a_rank", [str(tmp_path / f"{nproc}-")], nproc)
         assert (tmp_path / f"{nproc}-0").read_text() == str(max(1, cores // nproc))
         assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_a_cache_that_is_too_small_is_told(tmp_path: Path) -> None:
+    data = small_config("data.sources=[{name: web, path: s3://b/web}, {name: code, path: code}]").data
+    shard = ShardInfo("s", 10**9, 1, 2 * 10**9, 0, "", "")
+    manifests = {path: Manifest(9, 1, 2, "", "uint16", 1, 1, 1, 0, 0, (shard,)) for path in ("s3://b/web", "code")}
+
+    def told(**cache: Any) -> str | None:
+        return cache_shortage(data.model_copy(update={"cache": CacheConfig(**cache)}), manifests)
+
+    groups = 2 * 8 * 64 * 2**20
+    assert told(max_bytes=groups - 1) is None, "nothing is cached"
+    assert told(folder="/scratch", max_bytes=groups) is None
+    assert f"({groups} bytes)" in str(told(folder="/scratch", max_bytes=groups - 1))
+    assert f"({2 * groups} bytes)" in str(told(folder="/scratch", max_bytes=groups, local_sources=True))
