@@ -29,6 +29,18 @@ class Batch:
         """How many targets count."""
         return int(np.count_nonzero(self.targets != IGNORED_TARGET))
 
+    def split(self, rows: int) -> "list[Batch]":
+        """Batches of so many rows each, which share this one's memory."""
+        return [
+            Batch(
+                self.tokens[row : row + rows],
+                self.targets[row : row + rows],
+                None if self.positions is None else self.positions[row : row + rows],
+                None if self.document_ids is None else self.document_ids[row : row + rows],
+            )
+            for row in range(0, len(self.tokens), rows)
+        ]
+
 
 def make_batch(windows: np.ndarray, bos_id: int | None, eos_id: int, document_mask: bool) -> Batch:
     """Turn windows `(B, T + 1)` of token ids into inputs and targets.
@@ -86,23 +98,25 @@ def join_extents(
 
     is_input = np.ones(len(tokens), dtype=bool)
     is_input[np.cumsum(counts + 1) - 1] = False
-    content, targets = tokens[is_input], tokens[1:][is_input[:-1]].astype(np.int64)
+    content, following = tokens[is_input], tokens[1:][is_input[:-1]]
     end = np.cumsum(counts)
+    row_ends = np.concatenate([[0], end])[first]
+    inputs = _in_rows(content, row_ends, T, eos_id)
+    targets = _in_rows(following, row_ends, T, IGNORED_TARGET)
     at_eos = content == eos_id
     if document_mask:
-        targets[at_eos] = IGNORED_TARGET
+        targets[inputs == eos_id] = IGNORED_TARGET
     else:
+        row = np.repeat(np.arange(B), np.diff(first))
+        last = row * T + end - 1 - row_ends[row]  # place of each extent's last token in the rows
         ends_row = np.zeros(len(counts), dtype=bool)
         ends_row[first[1:][np.diff(first) > 0] - 1] = True
         closed = at_eos[end - 1]
-        joined = end[closed & ~ends_row]
-        targets[joined - 1] = content[joined]
+        joined = closed & ~ends_row
+        targets.flat[last[joined]] = content[end[joined]]
         if whole_documents:
-            targets[end[closed & ends_row] - 1] = IGNORED_TARGET
+            targets.flat[last[closed & ends_row]] = IGNORED_TARGET
 
-    row_ends = np.concatenate([[0], end])[first]
-    inputs = _in_rows(content, row_ends, T, eos_id)
-    targets = _in_rows(targets, row_ends, T, IGNORED_TARGET)
     if not document_mask:
         return Batch(inputs, targets, None, None)
     begins = np.concatenate([[False], at_eos])[:-1] if bos_id is None else content == bos_id

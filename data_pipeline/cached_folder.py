@@ -22,7 +22,8 @@ from data_pipeline.data_folder import (
 )
 from data_pipeline.manifest import Manifest
 from data_pipeline.prefetch import Prefetcher
-from data_pipeline.remote import MissingFileError, open_path, read_range, read_whole, shown
+from data_pipeline.remote import open_path, read_range, read_whole, shown
+from data_pipeline.retries import MissingFileError
 from data_pipeline.shard_cache import CHUNK_BYTES, ShardCache, release
 from data_pipeline.shards import HASH_BLOCK_BYTES, ShardInfo
 

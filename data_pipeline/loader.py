@@ -1,28 +1,36 @@
 """Batches for one rank: shards -> order -> loader -> train.
 
-A background thread prepares the next global batch. Worker processes would cost more than they bring: tokens are only
+A background thread prepares the next global batches. Worker processes would cost more than they bring: tokens are only
 copied here, at several times the speed of the fastest training step.
 """
 
+import itertools
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TypeVar
 
 import numpy as np
 
 from data_pipeline.batch import Batch, join_extents
-from data_pipeline.config import CacheConfig, DataConfig, SourceConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Stage
 from data_pipeline.run_order import open_order
 from data_pipeline.samples import Extents, placed
-from data_pipeline.token_source import TokenSource, open_sources
+from data_pipeline.token_source import open_sources
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 PREFETCHED = 2
-"""Global batches that wait ready."""
+"""Global batches that wait ready; small ones that were read at once count as one."""
+TOKENS_AT_ONCE = 1 << 16
+"""Small global batches are read at once up to so many tokens, which spreads what it costs to hand them over, and makes
+large arrays: small ones, made by one thread and dropped by another, come back as page faults each time."""
 SAMPLES_AHEAD = 2048
 """Positions whose order is worked out at once, which spreads numpy's cost a call, and so long before they are read, so
 that what lies elsewhere is fetched by then."""
@@ -79,8 +87,8 @@ class Loader(Iterator[list[Batch]]):
         self._micro_batch_size = micro_batch_size
         self._document_mask = document_mask
         self._plan = plan
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=PREFETCHED)
-        self._next: list[Batch] | BaseException | None = None
+        self._ready: queue.Queue[list[list[Batch]] | BaseException] = queue.Queue(maxsize=PREFETCHED)
+        self._next: deque[list[Batch] | BaseException] = deque()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._prefetch, name="loader", daemon=True)
         self._thread.start()
@@ -98,7 +106,7 @@ class Loader(Iterator[list[Batch]]):
         item = self._peek()
         if isinstance(item, BaseException):
             raise item
-        self._next = None
+        self._next.popleft()
         return item
 
     @property
@@ -119,20 +127,22 @@ class Loader(Iterator[list[Batch]]):
 
     def _peek(self) -> list[Batch] | BaseException:
         assert not self._closing.is_set(), "the loader was closed"
-        if self._next is None:
-            self._next = self._ready.get()
-        return self._next
+        if not self._next:
+            item = self._ready.get()
+            self._next.extend([item] if isinstance(item, BaseException) else item)
+        return self._next[0]
 
     def _prefetch(self) -> None:
         try:
-            for share in self._located_ahead():
-                if not self._put(self._micro_batches(share)):
-                    return
+            for shares in self._located_ahead():
+                for batches in _good_ones(self._read, shares):
+                    if not self._put(batches):
+                        return
             self._put(StopIteration())
         except BaseException as error:  # handed over and raised in the thread that asks
             self._put(error)
 
-    def _put(self, item: list[Batch] | BaseException) -> bool:
+    def _put(self, item: list[list[Batch]] | BaseException) -> bool:
         while not self._closing.is_set():
             try:
                 self._ready.put(item, timeout=0.05)
@@ -141,15 +151,20 @@ class Loader(Iterator[list[Batch]]):
                 continue
         return False
 
-    def _located_ahead(self) -> "Iterator[_Share]":
-        """This rank's share of each global batch. Each has been announced to the sources so many samples before."""
+    def _located_ahead(self) -> "Iterator[list[_Share]]":
+        """This rank's share of each global batch, as many a time as are read at once.
+
+        Each has been announced to the sources so many samples before; not the very first, which is waited for: it is
+        located and read by itself.
+        """
         ahead: deque[_Share] = deque()
         samples_ahead = 0
+        wanted, tokens_at_once = 1, 0
         shares = self._located()
         failure: Exception | None = None
         more = True
         while more or ahead:
-            while more and samples_ahead < SAMPLES_AHEAD:
+            while more and samples_ahead < wanted:
                 try:
                     share = next(shares)
                 except StopIteration:
@@ -158,22 +173,23 @@ class Loader(Iterator[list[Batch]]):
                     more, failure = False, error
                 else:
                     ahead.append(share)
-                    samples_ahead += len(share.extents)
+                    samples_ahead += share.samples
             if ahead:
-                samples_ahead -= len(ahead[0].extents)
-                yield ahead.popleft()
+                together = [ahead.popleft()]
+                while ahead and ahead[0].fits(together[0], tokens_at_once):
+                    together.append(ahead.popleft())
+                samples_ahead -= sum(share.samples for share in together)
+                wanted, tokens_at_once = SAMPLES_AHEAD, TOKENS_AT_ONCE
+                yield together
         if failure is not None:
             raise failure
 
     def _located(self) -> "Iterator[_Share]":
-        while plans := self._some_plans():
-            try:
-                located = self._locate(plans)
-            except (ValueError, OSError):
-                for plan in plans:  # the good ones among them are served
-                    yield from self._locate([plan])
-            else:
-                yield from located
+        plans = list(itertools.islice(self._plan, 1))
+        while plans:
+            for shares in _good_ones(self._locate, plans):
+                yield from shares
+            plans = self._some_plans()
 
     def _some_plans(self) -> list[tuple[int, int]]:
         plans: list[tuple[int, int]] = []
@@ -198,16 +214,12 @@ class Loader(Iterator[list[Batch]]):
             # With the token that follows each extent, its last target, where the stream has one.
             start = extents.start[chosen]
             opened.prefetch(start, np.minimum(extents.count[chosen] + 1, opened.tokens - start))
-        located, first = [], 0
-        for plan, of_plan in zip(plans, positions, strict=True):
-            end = first + len(of_plan)
-            begin, stop = extents.first[first], extents.first[end]
-            share = Extents(
-                extents.first[first : end + 1] - begin, extents.start[begin:stop], extents.count[begin:stop]
-            )
-            located.append(_Share(self._order.sequence_length_at(plan[0]), source_of[begin:stop], share))
-            first = end
-        return located
+        located = _Located(source_of, extents)
+        ends = itertools.accumulate(map(len, positions), initial=0)
+        return [
+            _Share(located, first, end, self._order.sequence_length_at(plan[0]))
+            for plan, (first, end) in zip(plans, itertools.pairwise(ends), strict=True)
+        ]
 
     def _positions(self, first: int, count: int) -> np.ndarray:
         share = count // self._data_world
@@ -215,82 +227,73 @@ class Loader(Iterator[list[Batch]]):
         assert share % self._micro_batch_size == 0
         return first + self._data_rank * share + np.arange(share)
 
-    def _micro_batches(self, share: "_Share") -> list[Batch]:
-        extents = share.extents
-        ends = np.cumsum(extents.count + 1)
-        places = np.concatenate([[0], ends])
+    def _read(self, shares: "list[_Share]") -> list[list[Batch]]:
+        """The micro-batches of each of some shares that follow each other and fit together."""
+        located = shares[0].located
+        first = located.extents.first[shares[0].first : shares[-1].end + 1]
+        chosen = slice(first[0], first[-1])
+        source_of, starts, counts = located.source[chosen], located.extents.start[chosen], located.extents.count[chosen]
+        places = np.concatenate([[0], np.cumsum(counts + 1)])
         tokens = np.empty(places[-1], dtype=self._dtype)
         for source, opened in enumerate(self._opened):
-            chosen = np.flatnonzero(share.source == source)
-            start, count = extents.start[chosen], extents.count[chosen] + 1
+            of_source = np.flatnonzero(source_of == source)
+            start, count = starts[of_source], counts[of_source] + 1
             at_end = start + count > opened.tokens
-            tokens[ends[chosen[at_end]] - 1] = self._eos_id  # nothing follows the stream's last token
-            opened.read(start, count - at_end, tokens, places[chosen])
-        batches = []
-        for row in range(0, len(extents), self._micro_batch_size):
-            first = extents.first[row : row + self._micro_batch_size + 1]
-            batches.append(
-                join_extents(
-                    tokens[places[first[0]] : places[first[-1]]],
-                    extents.count[first[0] : first[-1]],
-                    first - first[0],
-                    share.sequence_length,
-                    self._bos_id,
-                    self._eos_id,
-                    self._document_mask,
-                    self._whole,
-                )
-            )
-        return batches
+            tokens[places[of_source[at_end] + 1] - 1] = self._eos_id  # nothing follows the stream's last token
+            opened.read(start, count - at_end, tokens, places[of_source])
+        batch = join_extents(
+            tokens,
+            counts,
+            first - first[0],
+            shares[0].sequence_length,
+            self._bos_id,
+            self._eos_id,
+            self._document_mask,
+            self._whole,
+        )
+        micro_batches = iter(batch.split(self._micro_batch_size))
+        return [list(itertools.islice(micro_batches, share.samples // self._micro_batch_size)) for share in shares]
+
+
+def _good_ones(work: Callable[[list[Item]], list[Result]], items: list[Item]) -> Iterator[list[Result]]:
+    """What the work makes of some items, of all at once; if that fails, one by one, so that the good ones are served.
+
+    Raises what the work on a single item does.
+    """
+    try:
+        done = work(items)
+    except (ValueError, OSError):
+        if len(items) == 1:
+            raise
+        for item in items:
+            yield work([item])
+    else:
+        yield done
 
 
 @dataclass(frozen=True)
-class _Share:
-    """This rank's samples of one global batch."""
+class _Located:
+    """Samples of this rank, in the order in which they are served."""
 
-    sequence_length: int
     source: np.ndarray
     """Of each extent, its place in the order's `sources`: `(m,)`."""
     extents: Extents
 
 
-def validation_batches(
-    source: SourceConfig,
-    sequence_length: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_world: int,
-    document_mask: bool,
-    limit_windows: int | None = None,
-    manifest: Manifest | None = None,
-    cache: CacheConfig | None = None,
-) -> Iterator[Batch]:
-    """A held-out source from its beginning, in order: every token but the first is a target exactly once.
+@dataclass(frozen=True)
+class _Share:
+    """This rank's samples of one global batch: `first` to `end` of those that were located at once."""
 
-    Windows, however the training data is packed, so that losses can be compared. Every rank gets the same number of
-    batches, so that they may meet after each: the last windows may be short or empty, padded by targets of -100.
-    `limit_windows` ends it early, over all ranks. `cache`: where a source that lies elsewhere is kept meanwhile.
+    located: _Located
+    first: int
+    end: int
+    sequence_length: int
 
-    Raises:
-        ValueError: the source is unusable or damaged.
-        OSError: it cannot be read now.
-    """
-    opened = TokenSource(source.path, manifest, cache)
-    try:
-        inputs = max(0, opened.tokens - 1)
-        if limit_windows is not None:
-            inputs = min(inputs, limit_windows * sequence_length)
-        per_step = micro_batch_size * data_world
-        windows = -(-inputs // sequence_length)
-        for first in range(data_rank * micro_batch_size, -(-windows // per_step) * per_step, per_step):
-            start = np.minimum((first + np.arange(micro_batch_size)) * sequence_length, inputs)
-            count = np.minimum(sequence_length, inputs - start)
-            row = np.concatenate([[0], np.cumsum(count > 0)])
-            start, count = start[count > 0], count[count > 0]
-            place = np.concatenate([[0], np.cumsum(count + 1)])
-            tokens = np.empty(place[-1], dtype=opened.dtype)
-            opened.read(start, count + 1, tokens, place[:-1])
-            bos_id, eos_id = opened.manifest.bos_id, opened.manifest.eos_id
-            yield join_extents(tokens, count, row, sequence_length, bos_id, eos_id, document_mask, False)
-    finally:
-        opened.close()
+    @property
+    def samples(self) -> int:
+        return self.end - self.first
+
+    def fits(self, other: "_Share", tokens: int) -> bool:
+        """Whether it can be read at once with an earlier one and those between: at most so many tokens together."""
+        same = self.located is other.located and self.sequence_length == other.sequence_length
+        return same and (self.end - other.first) * self.sequence_length <= tokens

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipeline.remote import MissingFileError, is_local, open_path, read_whole, shown
+from data_pipeline.remote import is_local, open_path, read_whole, shown
+from data_pipeline.retries import MissingFileError
 from data_pipeline.shards import ShardInfo, write_atomically
 from data_pipeline.tokenizer_files import SENTENCEPIECE_NAME
 

@@ -12,7 +12,8 @@ import numpy as np
 ORIGINS_NAME = "origins.json"
 ORIGIN_DTYPE = np.dtype([("index", "<u8"), ("file", "<u4"), ("text_bytes", "<u4")])
 """16 bytes a document: its number in its file from 0, the number of the file, and the UTF-8 bytes of its text."""
-MAX_TEXT_BYTES = (1 << 32) - 1
+MAX_TEXT_BYTES = (1 << 31) - 3
+"""A byte may be a token, to which BOS and EOS come, and shards count the tokens of a document in int32."""
 
 
 @dataclass(frozen=True)

@@ -4,41 +4,21 @@ fsspec opens any path, but a body that ends early, a server that ignores Range a
 many guises, some of them silent. Here a read gives exactly the bytes that were asked for, or one clear error.
 """
 
-import random
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
+
+from data_pipeline.retries import READ_SECONDS, MissingFileError, retried, status_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 CONNECT_SECONDS = 10
-READ_SECONDS = 30
-"""For the next bytes to come, not for a whole body."""
-ATTEMPTS = 8
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
-"""Waits double from the first up to this: 8 attempts wait for 60 s in all, which most outages of a store end within."""
 
 LOCAL_PROTOCOLS = ("file", "local")
 DRIVERS = {"s3": "s3fs", "s3a": "s3fs", "http": "aiohttp", "https": "aiohttp", "gs": "gcsfs", "gcs": "gcsfs"}
-NETWORK_LIBRARIES = ("aiohttp", "aiobotocore", "botocore", "urllib3", "requests", "gcsfs", "http")
-"""Errors of these are failures of the network, unless they carry a status that says otherwise."""
-PASSING_STATUSES = (408, 409, 425, 429)
-"""Client errors that a retry may mend: time-out, conflict, too early, too many requests. Those from 500 on do, too."""
-
-Result = TypeVar("Result")
-
-
-class RemoteError(OSError):
-    """A file could not be read although it was tried again and again; a later run may succeed."""
-
-
-class MissingFileError(ValueError):
-    """A path names nothing."""
 
 
 class NoRangeError(ValueError):
@@ -71,13 +51,14 @@ def open_path(path: str | Path) -> "tuple[AbstractFileSystem, str]":
 
     path = str(path)
     protocol = path.partition("://")[0] if "://" in path else "file"
+    if protocol not in DRIVERS and not is_local(path):
+        raise ValueError(f"cannot open {shown(path)}: {protocol}:// is not known; use a path or an s3, gs or https URL")
     try:
         file_system, root = fsspec.core.url_to_fs(path, **_options(protocol))
     except ImportError as error:
         driver = DRIVERS.get(protocol, f"a driver for {protocol}://")
-        raise ValueError(f"reading {shown(path)} needs {driver}: pip install 'steppe[data]'") from error
-    except ValueError as error:
-        raise ValueError(f"cannot open {shown(path)} ({error}): use a path or an s3, gs, http or https URL") from error
+        extra = "gcs" if driver == "gcsfs" else "data"
+        raise ValueError(f"reading {shown(path)} needs {driver}: pip install 'steppe[{extra}]'") from error
     if protocol in ("s3", "s3a"):
         file_system.retries = 1  # else each of our attempts would be five of its own
     return file_system, str(root)
@@ -115,7 +96,7 @@ def identity(file_system: "AbstractFileSystem", path: str) -> Identity:
     name = _full(file_system, path)
 
     def look() -> Identity:
-        if _is_http(file_system):
+        if is_http(file_system):
             found: Identity = _run(_http_identity, file_system, path)
             return found
         info = file_system.info(path)
@@ -148,13 +129,13 @@ def read_range(file_system: "AbstractFileSystem", path: str, start: int, end: in
 
     def read() -> bytes:
         try:
-            if _is_http(file_system):
+            if is_http(file_system):
                 content: bytes = _run(_http_range, file_system, path, start, end)
             else:
                 content = file_system.cat_file(path, start=start, end=end)
             got = len(content)
         except Exception as error:
-            if _status(error) != 416:  # range not satisfiable: it begins after the end
+            if status_of(error) != 416:  # range not satisfiable: it begins after the end
                 raise
             got = 0
         if got == end - start:
@@ -188,86 +169,9 @@ def download(file_system: "AbstractFileSystem", path: str, target: Path) -> None
     retried(f"copying {_full(file_system, path)}", lambda: file_system.get_file(path, str(target)))
 
 
-def retried(what: str, call: Callable[[], Result]) -> Result:
-    """Call until it succeeds, with exponentially growing and jittered waits between the attempts.
-
-    Args:
-        what: what the call does, as an error says it: "reading s3://bucket/name".
-        call: what is done; it may raise anything. Time-outs, connections that break, short bodies and statuses from
-            500 on are tried again, statuses that say that asking again is useless are not, nor is what is no failure
-            of a network or a disk.
-
-    Raises:
-        ValueError: there is no such file (`MissingFileError`), or access to it is refused.
-        RemoteError: the last attempt failed, too.
-    """
-    began = time.monotonic()
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return call()
-        except Exception as error:
-            if permanent := _permanent(error):
-                raise permanent(f"{what} failed: {_cause(error)}") from error
-            if not _may_pass(error):
-                raise
-            if attempt == ATTEMPTS:
-                seconds = time.monotonic() - began
-                raise RemoteError(
-                    f"{what} failed {ATTEMPTS} times in {seconds:.0f} s, at last by: {_cause(error)}"
-                ) from error
-        wait = min(FIRST_WAIT_SECONDS * 2 ** (attempt - 1), LONGEST_WAIT_SECONDS)
-        time.sleep(random.uniform(wait / 2, wait))  # so that the ranks of a cluster do not all come back at once
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _permanent(error: BaseException) -> type[ValueError] | None:
-    """The error to raise at once, where another attempt would end the same way."""
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return MissingFileError
-    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
-        return ValueError
-    if "Credentials" in type(error).__name__:  # botocore's NoCredentialsError and its kin
-        return ValueError
-    if status is not None and 400 <= status < 500 and status not in PASSING_STATUSES:
-        return ValueError
-    return None
-
-
-def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, OSError):  # TimeoutError and ConnectionError among them
-        return not isinstance(error, RemoteError)  # which has been retried already
-    return any(base.__module__.partition(".")[0] in NETWORK_LIBRARIES for base in type(error).__mro__)
-
-
-def _status(error: BaseException) -> int | None:
-    """The HTTP status that an error stands for: aiohttp's, gcsfs's, or botocore's below s3fs's translation."""
-    for name in ("status", "code"):
-        if isinstance(status := getattr(error, name, None), int) and 100 <= status < 600:
-            return status
-    response = getattr(error, "response", getattr(error.__cause__, "response", None))
-    if isinstance(response, dict):
-        found: int | None = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return found
-    return None
-
-
-def _cause(error: BaseException) -> str:
-    """One line. aiohttp's own words for a status would show the URL with its signature."""
-    status = _status(error)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return "there is no such file"
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return "access is refused; check the permissions and the credentials"
-    if status is not None:
-        return f"HTTP status {status}"
-    if isinstance(error, TimeoutError):
-        return f"no answer in {READ_SECONDS} s"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_http(file_system: "AbstractFileSystem") -> bool:
-    return "http" in file_system.protocol and isinstance(file_system.protocol, tuple)
+def is_http(file_system: "AbstractFileSystem") -> bool:
+    """Whether it is one of plain HTTP, which has files but no listings."""
+    return isinstance(file_system.protocol, tuple) and "http" in file_system.protocol
 
 
 def _full(file_system: "AbstractFileSystem", path: str) -> str:

@@ -19,6 +19,8 @@ from data_pipeline.corpus.reading import read_documents
 DEFAULT_SAMPLE_BYTES = 1 << 30
 MAX_SAMPLE_BYTES = 4 << 30
 """The trainer holds its text in memory, several times over."""
+LEAST_INPUT_BYTES = 4
+"""Of an input's part: the longest character in UTF-8. Of less, nothing may be left when a text is cut."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,32 @@ def sample_corpus(
     what it leaves of its share goes to no other. Documents come as they are stored, uncurated.
 
     Raises:
-        ValueError: more bytes than the trainer can hold, or than none; or as `read_documents` does.
+        ValueError: more bytes than the trainer can hold, or than none; an input's weight is too small for a part of
+            them; or as `read_documents` does.
         OSError: as `read_documents` does.
     """
     if not 0 < sample_bytes <= MAX_SAMPLE_BYTES:
         raise ValueError(
             f"--sample-bytes {sample_bytes}: the trainer holds its sample in memory, give 1 to {MAX_SAMPLE_BYTES}"
         )
-    total = sum(Fraction(input_.weight) for input_ in corpus.inputs)
     samples = []
-    for input_ in corpus.inputs:
-        quota_bytes = int(sample_bytes * Fraction(input_.weight) / total)
+    for input_, quota_bytes in zip(corpus.inputs, _quotas(corpus, sample_bytes), strict=True):
         documents = read_documents(corpus.model_copy(update={"inputs": (input_,)}), on_bad, on_bytes)
         samples.append(draw(documents, quota_bytes, seed, input_.name))
     return samples
+
+
+def _quotas(corpus: CorpusConfig, sample_bytes: int) -> list[int]:
+    """Bytes of each input."""
+    total = sum(Fraction(input_.weight) for input_ in corpus.inputs)
+    quotas = [int(sample_bytes * Fraction(input_.weight) / total) for input_ in corpus.inputs]
+    for input_, quota_bytes in zip(corpus.inputs, quotas, strict=True):
+        if quota_bytes < LEAST_INPUT_BYTES:
+            raise ValueError(
+                f"input {input_.name} has weight {input_.weight:g} of {float(total):g}, which is {quota_bytes} of "
+                f"--sample-bytes {sample_bytes}, too few for a text: raise one of the two, or take the input out"
+            )
+    return quotas
 
 
 def draw(documents: Iterable[Document], quota_bytes: int, seed: int, name: str) -> Sample:

@@ -196,7 +196,7 @@ def _open_shared(path: Path) -> int | None:
 
 def _remove_unless_locked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDWR)  # NFS locks a file exclusively only for who may write it
     except FileNotFoundError:  # a lock
         return False
     try:

@@ -25,6 +25,8 @@ WRITE_BYTES = 4 << 20
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INDEX_HEADER = struct.Struct("<9sQBQQ")
+MAX_DOCUMENT_TOKENS = (1 << 31) - 1
+"""An index keeps lengths as int32."""
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 """Megatron's codes of the two types in use."""
 
@@ -94,7 +96,16 @@ class ShardWriter:
         """Add documents: their tokens in one array `(sum(lengths),)`, and the number of tokens of each.
 
         origins: where each came from, `(documents,)` of ORIGIN_DTYPE; given for all documents of a shard or for none.
+
+        Raises:
+            ValueError: a document is too long for the format.
+            OSError: the disk is full or the like.
         """
+        if len(lengths) and lengths.max() > MAX_DOCUMENT_TOKENS:
+            raise ValueError(
+                f"a document has {lengths.max():,} tokens, but the shards hold documents of at most "
+                f"{MAX_DOCUMENT_TOKENS:,}: split it, or set curation.length.max_characters"
+            )
         assert tokens.dtype == self._dtype
         assert origins is None or (origins.dtype == ORIGIN_DTYPE and len(origins) == len(lengths))
         ends = np.cumsum(lengths)
@@ -192,10 +203,12 @@ class _OpenShard:
 class AtomicFile:
     """A file that has its name only once it is complete and on the disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
+        """mode: its permissions, of which the process's umask takes some away."""
         self._path = path
         self._temporary = path.with_name(path.name + ".tmp")
-        self._file: BinaryIO = open(self._temporary, "wb", buffering=0)  # noqa: SIM115
+        descriptor = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        self._file: BinaryIO = open(descriptor, "wb", buffering=0)  # noqa: SIM115
 
     def write(self, content: bytes | bytearray | memoryview) -> None:
         view = memoryview(content)
@@ -213,13 +226,13 @@ class AtomicFile:
         self._temporary.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, content: bytes | bytearray) -> None:
-    """Write a whole file so that under its name it is there complete or not at all.
+def write_atomically(path: Path, content: bytes | bytearray, mode: int = 0o666) -> None:
+    """Write a whole file so that under its name it is there complete or not at all; `mode` as `AtomicFile` has it.
 
     Raises:
         OSError: the disk is full or the like; nothing is left behind.
     """
-    file = AtomicFile(path)
+    file = AtomicFile(path, mode)
     try:
         file.write(content)
         file.commit()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import xxhash
 
-from data_pipeline.remote import MissingFileError, is_local, open_path, read_whole, shown
+from data_pipeline.remote import is_local, open_path, read_whole, shown
+from data_pipeline.retries import MissingFileError
 
 SENTENCEPIECE_NAME = "tokenizer.model"
 JSON_NAME = "tokenizer.json"

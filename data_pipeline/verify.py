@@ -8,7 +8,8 @@ import xxhash
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.origins import ORIGINS_NAME
-from data_pipeline.remote import MissingFileError, identity, open_path, read_range, read_whole, shown
+from data_pipeline.remote import identity, open_path, read_range, read_whole, shown
+from data_pipeline.retries import MissingFileError
 from data_pipeline.shards import HASH_BLOCK_BYTES, ShardInfo
 from data_pipeline.tokenizer_files import fingerprint_of
 

@@ -4,20 +4,21 @@ import json
 from typing import Any
 
 from data_pipeline.config import StageConfig
+from launch.run_checks import check_ranks
 from launch.run_folder import Change, check_run, checked_change
 from pretrain.config import RunConfig
 from pretrain.ledger import state_on_record
 from pretrain.recipe import apply_overrides, load_config, validated_as
-from pretrain.run_dir import RunDir
+from pretrain.run_dir import RunDir, read_json
 
 STAGE_KEYS = ("weights", "sequence_length", "global_batch_size")
 
 
-def mixed(run: RunDir, unit: str, begin: int, overrides: list[str]) -> Change:
-    """The change of a run by which a stage begins so many steps or tokens (`unit`) after its start.
+def mixed(run: RunDir, unit: str, begin: int, overrides: list[str], drop: bool = False) -> Change:
+    """The change of a run by which a stage begins so many steps or tokens (`unit`) after its start, or no longer does.
 
     overrides: `weights.NAME=W` (null takes a source out), `weights={...}`, `sequence_length=T`, `global_batch_size=B`;
-    what is not named stays as the stage before has it.
+    what is not named stays as the stage before has it. drop: the stage that begins there goes, and none comes.
 
     Raises ValueError if it is not a run, the stage is none, or lies behind what the run has saved.
     """
@@ -26,9 +27,27 @@ def mixed(run: RunDir, unit: str, begin: int, overrides: list[str]) -> Change:
     _check_unit(config, unit)
     _check_is_to_come(run, unit, begin)
     others = [stage for stage in config.data.stages if stage.begin != begin]
-    stages = sorted([*others, _stage(config, unit, begin, overrides)], key=lambda stage: stage.begin)
+    if drop:
+        _check_is_there(config, unit, begin, overrides)
+    else:
+        others.append(_stage(config, unit, begin, overrides))
+    stages = sorted(others, key=lambda stage: stage.begin)
     listed = [stage.model_dump(mode="json", exclude_none=True) for stage in stages]
-    return checked_change(run, [f"data.stages={json.dumps(listed)}"], [])
+    change = checked_change(run, [f"data.stages={json.dumps(listed)}"], [])
+    if run.environment_path.is_file():
+        check_ranks(change.new, int(read_json(run.environment_path)["ranks"]))
+    return change
+
+
+def _check_is_there(config: RunConfig, unit: str, begin: int, overrides: list[str]) -> None:
+    if overrides:
+        raise ValueError(
+            f"--set {overrides[0]} does not go with --drop, which takes a stage away: leave one of them out"
+        )
+    if all(stage.begin != begin for stage in config.data.stages):
+        begins = ", ".join(str(stage.begin) for stage in config.data.stages)
+        known = f"stages begin at {begins}" if begins else "the run has no stages"
+        raise ValueError(f"--at-{unit} {begin} --drop: no stage begins there ({known})")
 
 
 def _check_unit(config: RunConfig, unit: str) -> None:

@@ -1,7 +1,7 @@
 """`steppe data prepare --report`: what went into a data folder, what came out of it and why; a table, and a page."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.curation.decontamination import SetCounts
 from data_pipeline.manifest import Manifest
-from data_pipeline.preparation.counts import RATIO_WIDTH, Counts, InputCounts
-from data_pipeline.preparation.finish_phases import REPORT_NAME
+from data_pipeline.preparation.counts import RATIO_WIDTH, Counts, InputCounts, Tally
+from data_pipeline.preparation.made_of import REPORT_NAME
 from launch.report import page
 from launch.report_plots import COLOURS, colour_of, drawing, svg
 from pretrain.run_dir import write_durably
@@ -29,23 +30,28 @@ class PreparationReport:
     folder: Path
     manifest: Manifest
     counts: Counts
+    evaluation_sets: dict[str, SetCounts]
+    """What documents were held against, by name."""
 
     @classmethod
     def read(cls, folder: Path) -> Self:
         """Raises ValueError if the folder is not finished, or was made without counts."""
         manifest, path = Manifest.load(folder), folder / REPORT_NAME
         try:
-            return cls(folder, manifest, Counts.from_json(json.loads(path.read_bytes())["inputs"]))
+            tree = json.loads(path.read_bytes())
+            sets = {name: SetCounts(**counts) for name, counts in tree["evaluation_sets"].items()}
+            return cls(folder, manifest, Counts.from_json(tree["inputs"]), sets)
         except FileNotFoundError:
             raise ValueError(f"data folder {folder} has no {REPORT_NAME}: prepare it again with this Steppe") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): copy it again, or prepare the folder again") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged ({error!r}): copy it again, or prepare the folder again") from None
 
     def write(self) -> dict[str, Any]:
         """Write the page into the folder; returns where, and the counts."""
         path = self.folder / PAGE_NAME
         write_durably(path, self.html())
-        return {"report": str(path), "inputs": self.counts.to_json()}
+        sets = {name: asdict(counts) for name, counts in self.evaluation_sets.items()}
+        return {"report": str(path), "inputs": self.counts.to_json(), "evaluation_sets": sets}
 
     def show(self) -> dict[str, Any]:
         """Write the page and print the tables; returns where the page is."""
@@ -53,6 +59,8 @@ class PreparationReport:
         console = Console()
         for table in (self._inputs_table(), self._rules_table()):
             console.print(table)
+        if self.evaluation_sets:
+            console.print(self._sets_table())
         return {"report": path}
 
     def html(self) -> str:
@@ -66,6 +74,7 @@ class PreparationReport:
             colours=dict(self._colours()),
             total=total,
             rules=self.rules(),
+            sets=self.sets(),
             plots=[self._lengths_plot(), self._ratios_plot()],
             median_tokens=median_bin(total.lengths),
         )
@@ -81,6 +90,14 @@ class PreparationReport:
         if total.trimmed_bytes:
             rows.append(("c4, within documents", 0, total.trimmed_bytes, 0.0, total.trimmed_bytes / text_bytes))
         return sorted(rows, key=lambda row: (-row[2], row[0]))
+
+    def sets(self) -> list[tuple[str, int, int, int]]:
+        """(evaluation set, its texts, those too short to be found, documents that were removed by it)."""
+        removed = self.counts.total.removed
+        return [
+            (name, counts.texts, counts.too_short, removed.get(f"decontaminate.{name}", Tally()).documents)
+            for name, counts in self.evaluation_sets.items()
+        ]
 
     def _inputs_table(self) -> Table:
         table = Table(title="inputs", title_justify="left")
@@ -100,6 +117,15 @@ class PreparationReport:
             table.add_column(name, justify="right")
         for rule, documents, text_bytes, of_documents, of_bytes in self.rules():
             table.add_row(rule, f"{documents:,}", f"{of_documents:.2%}", _millions(text_bytes), f"{of_bytes:.2%}")
+        return table
+
+    def _sets_table(self) -> Table:
+        table = Table(title="evaluation sets that documents were held against", title_justify="left")
+        table.add_column("set")
+        for name in ("texts", "too short to be found", "documents removed"):
+            table.add_column(name, justify="right")
+        for name, *numbers in self.sets():
+            table.add_row(name, *(f"{number:,}" for number in numbers))
         return table
 
     def _colours(self) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """`steppe data prepare`: from the words of the command line to a corpus that is prepared here or on a cluster."""
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,11 @@ from typing import Self
 
 from data_pipeline.corpus.config import CorpusConfig, corpus_of, load_corpus
 from data_pipeline.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.preparation.counts import Counts
 from data_pipeline.preparation.job import Request, prepare_corpus
+from data_pipeline.preparation.made_of import REPORT_NAME
 from data_pipeline.preparation.workers import Progress
+from data_pipeline.remote import is_local
 from launch.byte_progress import ByteProgress
 
 
@@ -19,14 +23,64 @@ def chosen_corpus(paths: list[str], corpus: Path | None, text_field: str) -> Cor
     return corpus_of(paths, text_field) if corpus is None else load_corpus(corpus)
 
 
+def local_folder(out: str) -> Path:
+    """The folder to write. Raises ValueError for a URL."""
+    if not is_local(out):
+        raise ValueError(
+            f"--out {out}: a data folder is written on a file system of this machine; name a folder, and copy it to "
+            "the store once it is finished"
+        )
+    return Path(out.removeprefix("file://"))
+
+
 def prepare_here(request: Request, workers: int | None) -> Manifest:
     """Prepare on this machine, and say on stderr how far it is. Raises as `prepare_corpus`."""
     before = Manifest.load(request.out) if (request.out / MANIFEST_NAME).exists() else None
-    with PhaseProgress() as line:
-        manifest = prepare_corpus(request, workers, line.tell)
-    if manifest == before:
-        print(f"steppe: {request.out} was finished before, and stays as it is", file=sys.stderr)
+    if before is not None:
+        _check_files(request.out, before)
+    try:
+        with PhaseProgress() as line:
+            manifest = prepare_corpus(request, workers, line.tell)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        what = "the disk is full: make room and run the same command again, which goes on where it was"
+        raise OSError(errno.ENOSPC, what, str(request.out)) from error
+    if before is None:
+        for note in lost_inputs(request.out):
+            print(f"steppe: {note}", file=sys.stderr)
+    elif manifest == before:
+        words = f"was finished before, and stays as it is (is it whole? `steppe data verify {request.out}`)"
+        print(f"steppe: {request.out} {words}", file=sys.stderr)
     return manifest
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Raise ValueError if a file of a finished folder is not there in full."""
+    for shard in manifest.shards:
+        for name, expected in shard.file_sizes().items():
+            path = folder / name
+            size = path.stat().st_size if path.is_file() else None
+            if size != expected:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise ValueError(
+                    f"data folder {folder} was finished, but {name} {found} ({expected} expected): copy it again from "
+                    "where it was whole, or remove the folder and prepare it again"
+                )
+
+
+def lost_inputs(folder: Path) -> list[str]:
+    """A line for each input of which nothing was kept."""
+    counts = Counts.from_json(json.loads((folder / REPORT_NAME).read_bytes())["inputs"])
+    lines = []
+    for name, of_input in counts.inputs.items():
+        if of_input.read.documents and not of_input.kept.documents:
+            rules = sorted(of_input.removed.items(), key=lambda item: -item[1].documents)
+            why = ", ".join(f"{rule} {tally.documents:,}" for rule, tally in rules)
+            lines.append(
+                f"of input {name} nothing was kept: all {of_input.read.documents:,} documents removed by {why}"
+            )
+    return lines
 
 
 def queue_preparation(

@@ -78,9 +78,14 @@ def check_data(config: RunConfig) -> dict[str, Any]:
             )
     check_same_tokenizer(manifests)
     _check_shares(config, {source.name: manifests[source.path].tokens for source in config.data.sources})
-    training = {source.name: manifests[source.path] for source in config.data.sources}
     if (shortage := cache_shortage(config.data, manifests)) is not None:
         print(f"steppe: {shortage}", file=sys.stderr)
+    return fingerprints(config, manifests)
+
+
+def fingerprints(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """What a run records of its data, by which `check_same_data` knows it again. manifests: by path."""
+    training = {source.name: manifests[source.path] for source in config.data.sources}
     return {
         "tokenizer": manifests[config.data.sources[0].path].tokenizer_fingerprint,
         "manifests": {name: manifest.stream_fingerprint for name, manifest in training.items()},

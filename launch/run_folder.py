@@ -85,9 +85,9 @@ class Change:
     known_data: dict[str, Any]
     data: dict[str, Any]
 
-    def make(self) -> None:
-        """Write it into the run's folder, on record. The run must be `locked`."""
-        for key, (before, after) in self.differences.items():
+    def make(self, say: bool = True) -> None:
+        """Write it into the run's folder, on record. The run must be `locked`. say: in a line a key, on stderr."""
+        for key, (before, after) in self.differences.items() if say else ():
             print(f"{key}: {before} becomes {after}", file=sys.stderr)
         if self.differences:
             dump_config(self.new, self.run.config_path)

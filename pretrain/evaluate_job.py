@@ -9,8 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_pipeline.corpus.config import corpus_of, default_name
+from data_pipeline.corpus.config import corpus_of
 from data_pipeline.corpus.document import Document, Rejected
+from data_pipeline.corpus.input_config import default_name
 from data_pipeline.corpus.listing import list_files
 from data_pipeline.corpus.reading import read_documents
 from data_pipeline.manifest import MANIFEST_NAME

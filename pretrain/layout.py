@@ -96,7 +96,7 @@ def micro_batches(config: RunConfig, global_batch_size: int, data_world: int) ->
     if global_batch_size % share:
         fitting = [size for size in range(1, global_batch_size + 1) if global_batch_size % (size * data_world) == 0]
         of_ramp = global_batch_size in (size for _, size in config.batch.ramp)
-        key = "batch.ramp: size" if of_ramp else "global_batch_size"
+        key = "batch.ramp: size" if of_ramp else "data.stages: global_batch_size"
         key = "batch.global_batch_size" if global_batch_size == config.batch.global_batch_size else key
         remedy = f"micro_batch_size may be {', '.join(map(str, fitting))}" if fitting else "use fewer ranks"
         raise ValueError(

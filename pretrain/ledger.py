@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from data_pipeline.config import CacheConfig
 from data_pipeline.documents import DocumentPart, Documents
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import Consumed
@@ -76,12 +75,14 @@ class Ledger:
         """Raises ValueError if a data folder is unusable, OSError if it cannot be read now."""
         self.config, self.state = config, state
         state.leave_out(config.skips.data)
-        manifests = {source.path: Manifest.load(source.path) for source in config.data.sources}
+        self.manifests = manifests = {source.path: Manifest.load(source.path) for source in config.data.sources}
         self.source_tokens = {source.name: manifests[source.path].tokens for source in config.data.sources}
         # What lies elsewhere is kept only while it is looked at: the cache's disk is one of the nodes'.
         self._scratch = TemporaryDirectory(prefix="steppe-ledger-")
-        cache = config.data.cache.folder and CacheConfig(folder=self._scratch.name)
-        self.sources = open_sources(config.data.sources, manifests, cache or CacheConfig())
+        cache = config.data.cache
+        if cache.folder is not None:
+            cache = cache.model_copy(update={"folder": self._scratch.name})
+        self.sources = open_sources(config.data.sources, manifests, cache)
         self.stages = timeline(config, state.stages, state.place, state.left_out, self.source_tokens)
         self.order = open_order(config.data, config.seed, order_stages(self.stages), self.sources)
 

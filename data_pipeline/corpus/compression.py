@@ -8,7 +8,7 @@ import zlib
 from typing import Any, BinaryIO
 
 from data_pipeline.corpus.formats import split_compression
-from data_pipeline.remote import RemoteError
+from data_pipeline.retries import RemoteError
 
 READ_BYTES = 1 << 20
 

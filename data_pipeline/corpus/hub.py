@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data_pipeline.corpus.config import InputConfig
+from data_pipeline.corpus.input_config import InputConfig
 from data_pipeline.corpus.tables import ROWS_PER_READ
-from data_pipeline.remote import RemoteError, retried
+from data_pipeline.retries import RemoteError, retried
 
 if TYPE_CHECKING:
     import pyarrow

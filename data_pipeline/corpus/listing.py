@@ -6,11 +6,13 @@ from typing import Any
 
 import fsspec
 
-from data_pipeline.corpus.config import CorpusConfig, InputConfig
+from data_pipeline.corpus.config import CorpusConfig
 from data_pipeline.corpus.document import OnBad, Rejected, ignore
 from data_pipeline.corpus.formats import Format, format_of, looks_like_file
 from data_pipeline.corpus.hub import hub_shards
-from data_pipeline.remote import identity, identity_in, is_local, open_path, retried, shown
+from data_pipeline.corpus.input_config import InputConfig
+from data_pipeline.remote import identity, identity_in, is_http, is_local, open_path, shown
+from data_pipeline.retries import retried
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PATTERN_CHARACTERS = re.compile(r"[*?\[]")
@@ -56,7 +58,9 @@ def list_files(input_: InputConfig, on_bad: OnBad = ignore) -> list[InputFile]:
         return _hub_files(input_)
     fs, root = open_path(input_.path)
     path = shown(input_.path)
-    if _is_http(fs):
+    if is_http(fs):
+        if root.endswith("/"):
+            raise ValueError(f"input {path} is a folder of a web server, which cannot be listed: name its files")
         is_ = identity(fs, root)
         return [InputFile(input_.path, _format(path, input_), is_.size, is_.tag)]
     found = retried(f"listing {path}", lambda: _find(fs, root))
@@ -97,10 +101,6 @@ def _find(fs: fsspec.AbstractFileSystem, root: str) -> dict[str, dict[str, Any]]
         found = fs.glob(root, detail=True)
     # Object stores keep empty objects in the place of folders.
     return {path: info for path, info in found.items() if info["type"] != "directory" and not path.endswith("/")}
-
-
-def _is_http(fs: fsspec.AbstractFileSystem) -> bool:
-    return "https" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
 
 def _inner(path: str, root: str) -> str:

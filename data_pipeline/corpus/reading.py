@@ -7,10 +7,11 @@ truncated archive, does. Nothing that is raised, and no reason that is reported,
 from collections.abc import Iterator
 
 from data_pipeline.corpus.compression import decompressed
-from data_pipeline.corpus.config import CorpusConfig, InputConfig
+from data_pipeline.corpus.config import CorpusConfig
 from data_pipeline.corpus.crawls import warc_records, wet_records
 from data_pipeline.corpus.document import Document, OnBad, OnBytes, OnLeftOut, Rejected, ignore
 from data_pipeline.corpus.hub import hub_tables
+from data_pipeline.corpus.input_config import InputConfig
 from data_pipeline.corpus.listing import InputFile, list_files
 from data_pipeline.corpus.records import Records, field_of
 from data_pipeline.corpus.stored import opened

@@ -1,6 +1,7 @@
 """JSON lines, lines and whole texts out of a stream of bytes."""
 
 import json
+from collections.abc import Iterator
 from typing import BinaryIO
 
 from data_pipeline.corpus.document import Rejected
@@ -14,15 +15,20 @@ DECODER = json.JSONDecoder()
 
 def json_records(stream: BinaryIO, source: str, text_field: str) -> Records:
     """One JSON object a line. Our own reading, since that of `datasets` ends the job at the first broken line."""
-    for index, line in enumerate(stream):
-        if index == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.isspace():
-            continue
+    for index, line in _filled_lines(stream):
         try:
             yield _json_record(line, index, text_field)
         except _BadRecordError as error:
             yield Rejected(source, index + 1, str(error), line)
+
+
+def _filled_lines(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(number from 0, line) of those that are not empty."""
+    for index, line in enumerate(stream):
+        if index == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if not line.isspace():
+            yield index, line
 
 
 class _BadRecordError(Exception):
@@ -61,11 +67,7 @@ def _require_utf8(text: str, text_field: str) -> None:
 
 def line_records(stream: BinaryIO, source: str) -> Records:
     """One text a line, without the line's end; empty lines are none."""
-    for index, line in enumerate(stream):
-        if index == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.isspace():
-            continue
+    for index, line in _filled_lines(stream):
         try:
             yield Record(line.rstrip(b"\r\n").decode(), index, {})
         except UnicodeDecodeError as error:

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from data_pipeline.corpus.input_config import InputConfig, with_names
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -126,9 +128,27 @@ class NearDuplicatesConfig(_Rules):
 class DecontaminationConfig(_Rules):
     """Remove documents that share a run of words with an evaluation set (Brown et al. 2020, appendix C)."""
 
-    against: tuple[str, ...] = Field(min_length=1)
-    """Files of the evaluation sets, as a corpus names its inputs."""
+    against: tuple[InputConfig, ...] = Field(min_length=1)
+    """The evaluation sets, named as the inputs of a corpus are: PATH, or {path: PATH, text_field: FIELD, ...}."""
     ngram: int = Field(default=13, gt=0)
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _from_paths(cls, against: Any) -> Any:
+        if not isinstance(against, list | tuple):
+            return against
+        return [{"path": entry} if isinstance(entry, str) else entry for entry in against]
+
+    @field_validator("against")
+    @classmethod
+    def _give_names(cls, against: tuple[InputConfig, ...]) -> tuple[InputConfig, ...]:
+        against = with_names(against)
+        for set_ in against:
+            if set_.weight != InputConfig.model_fields["weight"].default:
+                raise ValueError(
+                    f"weight is for the sample of a tokenizer, but {set_.name} has weight {set_.weight:g}: take it out"
+                )
+        return against
 
 
 class CurationConfig(_Rules):
@@ -142,6 +162,11 @@ class CurationConfig(_Rules):
     exact_duplicates: bool = False
     """Of documents with the same text, keep the first."""
     near_duplicates: Annotated[NearDuplicatesConfig | None, BeforeValidator(_switch)] = None
+
+    @property
+    def evaluation_sets(self) -> tuple[InputConfig, ...]:
+        """Those that documents are held against; none if they are not."""
+        return () if self.decontaminate is None else self.decontaminate.against
 
     @property
     def finds_duplicates(self) -> bool:

@@ -45,10 +45,6 @@ class EvaluationNgrams:
         self._hashes = np.asarray(np.memmap(folder / HASHES_NAME, "<u8", "r"))
         self._sets = np.asarray(np.memmap(folder / SETS_NAME, "<u2", "r"))
 
-    @classmethod
-    def exist(cls, folder: Path) -> bool:
-        return (folder / INDEX_NAME).exists()
-
     def find(self, text: str) -> str | None:
         """The name of a set that has a run of words in common with the text: the first of those there are."""
         hashes = ngram_hashes(word_hashes(text), self.ngram)

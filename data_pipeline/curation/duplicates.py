@@ -10,7 +10,7 @@ column of keys at a time, and one range of its values at a time where a column d
 partition is a pure function of the sketch files, so that partitions may be found by any process in any order.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -188,21 +188,6 @@ class DuplicateSearch:
         for place, piece in zip(places, pieces, strict=True):
             rows[place] = piece
         return rows
-
-
-def find_duplicates(
-    config: CurationConfig,
-    units: Sequence[Path],
-    folder: Path,
-    memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[np.ndarray]:
-    """The whole search in this process: the codes of each unit's documents; `on_progress` is told partitions."""
-    search = DuplicateSearch(config, units, folder, memory_bytes)
-    for done, partition in enumerate(search.partitions, start=1):
-        search.find(partition)
-        on_progress(done, len(search.partitions))
-    return [search.removed(unit) for unit in range(len(units))]
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """The phases of a preparation that a corpus needs whose documents are compared, with evaluation sets or each other."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from data_pipeline.corpus.reading import read_documents
+from data_pipeline.corpus.document import Rejected
+from data_pipeline.corpus.input_config import InputConfig
+from data_pipeline.corpus.reading import read_file
 from data_pipeline.curation.decontamination import collect_ngrams
-from data_pipeline.curation.duplicates import EXACT, NEAR, DuplicateSearch
+from data_pipeline.curation.duplicates import DOCUMENT_BYTES, EXACT, NEAR, DuplicateSearch
 from data_pipeline.preparation.phase import OnBytes, Phase
-from data_pipeline.preparation.plan import evaluation_corpus, total_bytes
+from data_pipeline.preparation.plan import total_bytes
 from data_pipeline.preparation.read_phase import SKETCHES_NAME, ReadPhase
 from data_pipeline.preparation.unit import UnitResult, count_kept, shard_arrays
 from data_pipeline.preparation.work_folder import fresh_folder, sync_files
@@ -28,21 +31,30 @@ class ContaminationPhase(Phase):
     name: ClassVar[str] = "evaluation-sets"
 
     def sizes(self) -> list[int | None]:
-        return [total_bytes(self.job.plan.evaluation_files)]
+        return [total_bytes([planned.file for planned in self.job.plan.evaluation_files])]
 
     def do(self, task: int, threads: int, on_bytes: OnBytes) -> dict[str, Any]:
-        corpus, decontaminate = evaluation_corpus(self.job.plan.corpus), self.job.plan.corpus.curation.decontaminate
-        assert corpus is not None
+        decontaminate = self.job.plan.corpus.curation.decontaminate
         assert decontaminate is not None
-        sets = {
-            input_.name: (
-                document.text
-                for document in read_documents(corpus.model_copy(update={"inputs": (input_,)}), on_bytes=on_bytes)
+        sets = {set_.name: self._texts(number, set_, on_bytes) for number, set_ in enumerate(decontaminate.against)}
+        ngrams = collect_ngrams(sets, decontaminate.ngram, fresh_folder(self.job.work.contamination_path))
+        return {name: asdict(counts) for name, counts in ngrams.counts.items()}
+
+    def _texts(self, number: int, set_: InputConfig, on_bytes: OnBytes) -> Iterator[str]:
+        """Every text of an evaluation set: one that is lost would let documents pass that hold it."""
+
+        def refuse(rejected: Rejected) -> None:
+            place = f"record {rejected.line} of {rejected.path}" if rejected.line else rejected.path
+            raise ValueError(
+                f"evaluation set {set_.name}: {place} is no text ({rejected.reason}), and what it holds would not be "
+                "found: mend it, name its field (decontaminate.against: {path: PATH, text_field: FIELD}), or leave it "
+                "out by path or where"
             )
-            for input_ in corpus.inputs
-        }
-        collect_ngrams(sets, decontaminate.ngram, fresh_folder(self.job.work.contamination_path))
-        return {}
+
+        for planned in self.job.plan.evaluation_files:
+            if planned.input == number:
+                for document in read_file(planned.file, set_, refuse, on_bytes):
+                    yield document.text
 
 
 class DuplicatesPhase(Phase):
@@ -54,7 +66,10 @@ class DuplicatesPhase(Phase):
     def search(self) -> DuplicateSearch:
         work, plan = self.job.work, self.job.plan
         sketches = [work.unit_path(unit) / SKETCHES_NAME for unit in range(len(plan.units))]
-        return DuplicateSearch(plan.corpus.curation, sketches, work.duplicates_path)
+        return DuplicateSearch(plan.corpus.curation, sketches, work.duplicates_path, plan.duplicates_memory_bytes)
+
+    def worker_bytes(self) -> int:
+        return min(self.job.plan.duplicates_memory_bytes, DOCUMENT_BYTES * self.search.documents)
 
     def sizes(self) -> list[int | None]:
         # A partition reads one key of every document, and some signatures.

@@ -1,5 +1,6 @@
 """The last phases of a preparation: shards get their final names, and the folder its manifest."""
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import xxhash
 
 from data_pipeline.config import DEFAULT_BLOCK_BYTES
-from data_pipeline.corpus.config import InputConfig
+from data_pipeline.corpus.input_config import InputConfig
 from data_pipeline.manifest import QUARANTINE_NAME, Manifest
 from data_pipeline.origins import ORIGINS_NAME, OriginFile, serialized_origins
 from data_pipeline.pack_files import (
@@ -21,15 +22,14 @@ from data_pipeline.pack_files import (
     with_pack,
 )
 from data_pipeline.preparation.counts import Counts, InputCounts
-from data_pipeline.preparation.curation_phases import SelectPhase
+from data_pipeline.preparation.curation_phases import ContaminationPhase, SelectPhase
+from data_pipeline.preparation.made_of import REPORT_NAME, made_of
 from data_pipeline.preparation.phase import Job, OnBytes, Phase
 from data_pipeline.preparation.quarantine import join_quarantines
 from data_pipeline.preparation.read_phase import ReadPhase
 from data_pipeline.preparation.unit import UnitResult
 from data_pipeline.remote import shown
 from data_pipeline.shards import ShardInfo, sync_folder, write_atomically
-
-REPORT_NAME = "report.json"
 
 
 class PlacePhase(Phase):
@@ -73,8 +73,9 @@ class PlacePhase(Phase):
             source = self.job.work.path / "units" / folder
             for old_file, new_file in zip(old.file_sizes(), new.file_sizes(), strict=True):
                 # An attempt that died may have moved some already.
-                if (source / old_file).exists():
+                with contextlib.suppress(FileNotFoundError):
                     os.replace(source / old_file, self.job.out / new_file)
+            self._require(new)
         sync_folder(self.job.out)
         plan = self.job.plan
         quarantines = [self.job.work.unit_path(unit) / QUARANTINE_NAME for unit in range(len(plan.units))]
@@ -82,6 +83,16 @@ class PlacePhase(Phase):
         write_atomically(self.job.out / ORIGINS_NAME, _origins(self.job))
         self.job.tokenizer.files.write(self.job.out)
         return {}
+
+    def _require(self, shard: ShardInfo) -> None:
+        for name, size in shard.file_sizes().items():
+            path = self.job.out / name
+            if not path.exists() or path.stat().st_size != size:
+                state = f"has {path.stat().st_size:,} bytes instead of {size:,}" if path.exists() else "is missing"
+                raise ValueError(
+                    f"{path} {state}, though it was written: a file system lost it, or somebody removed it; remove "
+                    f"{self.job.work.path} and start again"
+                )
 
 
 class PackPhase(Phase):
@@ -132,7 +143,9 @@ class FinishPhase(Phase):
 
     def do(self, task: int, threads: int, on_bytes: OnBytes) -> dict[str, Any]:
         if not self.job.is_written:
-            report = {"plan": self.job.plan.fingerprint, "inputs": PlacePhase(self.job).counts.to_json()}
+            (sets,) = ContaminationPhase(self.job).results() if self.job.plan.evaluation_files else ({},)
+            counts = PlacePhase(self.job).counts.to_json()
+            report = {"plan": made_of(self.job.plan), "inputs": counts, "evaluation_sets": sets}
             write_atomically(self.job.out / REPORT_NAME, (json.dumps(report, indent=1) + "\n").encode())
         PackPhase(self.job).packed_manifest().save(self.job.out)
         return {}

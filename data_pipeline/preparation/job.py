@@ -1,11 +1,12 @@
 """A corpus becomes a data folder: a job of many tasks for any number of processes, which goes on where it was."""
 
 import contextlib
-import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.config import DEFAULT_BLOCK_BYTES
@@ -14,23 +15,25 @@ from data_pipeline.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.pack_files import block_tokens_of
 from data_pipeline.preparation.curation_phases import ContaminationPhase, DuplicatesPhase, SelectPhase
 from data_pipeline.preparation.finish_phases import (
-    REPORT_NAME,
     FinishPhase,
     NothingLeftError,
     PackPhase,
     PlacePhase,
     missing_packs,
 )
+from data_pipeline.preparation.made_of import difference
 from data_pipeline.preparation.phase import Job, Phase
 from data_pipeline.preparation.plan import Plan, make_plan
 from data_pipeline.preparation.read_phase import ReadPhase
-from data_pipeline.preparation.work_folder import WorkFolder
+from data_pipeline.preparation.work_folder import UNFINISHED_NAME, VanishedError, WorkFolder
 from data_pipeline.preparation.workers import OnProgress, Progress, work_through
 from data_pipeline.shards import DEFAULT_SHARD_BYTES, token_dtype
 from data_pipeline.tokenizer import Tokenizer
 
 LOGS_NAME = "prepare.logs"
 """Where a cluster's tasks write; a data folder may hold it from the start."""
+AGAIN_SECONDS = 0.05
+"""Between two looks at a work folder that others are about to remove."""
 
 
 def no_progress(progress: Progress) -> None:
@@ -87,9 +90,18 @@ def prepare_corpus(request: Request, workers: int | None = None, progress: OnPro
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}, but at least 1 is needed")
-    with open_job(request) as job:
-        if job is not None:
-            _take_part(job, workers, progress)
+    work = WorkFolder(request.out)
+    try:
+        with open_job(request) as job:
+            for phase in phases_of(job) if job is not None else ():
+                work_through(phase, workers, progress)
+    except NothingLeftError:
+        # Nothing of worth is in it, and a corrected request would be refused by it.
+        work.remove_unless_in_use()
+        with contextlib.suppress(OSError):
+            request.out.rmdir()
+        raise
+    work.remove_unless_in_use()
     return Manifest.load(request.out)
 
 
@@ -107,23 +119,6 @@ def phases_of(job: Job) -> list[Phase]:
     return [*phases, PlacePhase(job), PackPhase(job), FinishPhase(job)]
 
 
-def _take_part(job: Job, workers: int, progress: OnProgress) -> None:
-    try:
-        for phase in phases_of(job):
-            work_through(phase, workers, progress)
-        job.work.remove()
-    except NothingLeftError:
-        # Nothing of worth is in it, and a corrected request would be refused by it.
-        job.work.remove()
-        with contextlib.suppress(OSError):
-            job.out.rmdir()
-        raise
-    except FileNotFoundError:
-        # Whoever comes to the end first removes the work folder below the others.
-        if job.work.path.exists() or not (job.out / MANIFEST_NAME).exists():
-            raise
-
-
 @contextmanager
 def open_job(request: Request) -> Iterator[Job | None]:
     """Begin a job or join it, holding for as long as this context lasts that somebody works on it.
@@ -136,34 +131,25 @@ def open_job(request: Request) -> Iterator[Job | None]:
     tokenizer = Tokenizer(request.tokenizer_path)
     if tokenizer.eos_id is None:
         raise ValueError(
-            f"tokenizer {request.tokenizer_path} has no EOS piece, but every document ends with one: train another"
+            f"tokenizer {request.tokenizer_path} has no EOS piece, but every document ends with one: train another, or "
+            "lay a tokenizer_config.json with its eos_token beside a tokenizer.json"
         )
     _check_folder(request.out)
     for sequence_length in request.packs:
         block_tokens_of(token_dtype(tokenizer.vocab_size), sequence_length, DEFAULT_BLOCK_BYTES)
-    planned = _Planned(request, tokenizer.fingerprint)
-    work = WorkFolder(request.out)
-    if planned.is_finished():
-        yield None
-        return
-    work.make()
-    with contextlib.ExitStack() as stack:
-        with work.planning():
-            # Somebody may have finished it since.
-            if planned.is_finished():
-                plan = None
-            else:
-                plan = planned.begin_or_join(work)
-                stack.enter_context(work.working())
-        yield None if plan is None else Job(request.out, plan, request.tokenizer_path)
+    with contextlib.ExitStack() as working:
+        yield _Planned(request, tokenizer.fingerprint).begin_or_join(working)
 
 
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is not a folder: choose another --out")
-    if (out / MANIFEST_NAME).exists() or WorkFolder(out).path.exists():
-        return
-    if out.exists() and any(entry.name != LOGS_NAME for entry in out.iterdir()):
+    names: list[str] = []
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(out)
+    is_ours = all(name == LOGS_NAME or name.startswith(UNFINISHED_NAME) for name in names)
+    # In this order: a job that wrote some of these files has had its work folder since, or has left a manifest.
+    if not is_ours and not WorkFolder(out).path.exists() and not (out / MANIFEST_NAME).exists():
         raise ValueError(f"folder {out} exists and holds other files: choose another --out")
 
 
@@ -174,6 +160,7 @@ class _Planned:
     request: Request
     tokenizer_fingerprint: str
 
+    @cached_property
     def plan(self) -> Plan:
         request = self.request
         return make_plan(
@@ -188,45 +175,57 @@ class _Planned:
         out = self.request.out
         if not (out / MANIFEST_NAME).exists():
             return False
-        report_path = out / REPORT_NAME
-        made_of = json.loads(report_path.read_bytes())["plan"] if report_path.exists() else None
-        if made_of != self.plan().fingerprint:
+        differing = difference(out, self.plan)
+        if differing is not None:
             raise ValueError(
-                f"data folder {out} exists and is finished, of other inputs, settings or tokenizer: choose another "
-                "--out or remove it"
+                f"data folder {out} exists and is finished, of {differing}: choose another --out or remove it"
             )
-        if missing_packs(Manifest.load(out), self.request.packs):
-            return False
-        self._tidy()
-        return True
+        return not missing_packs(Manifest.load(out), self.request.packs)
 
-    def _tidy(self) -> None:
-        """Remove what one that died right at the end has left."""
+    def begin_or_join(self, working: contextlib.ExitStack) -> Job | None:
+        """The job, which `working` then says that this process works on; None if it is finished."""
         work = WorkFolder(self.request.out)
-        with contextlib.suppress(FileNotFoundError), work.planning(), work.alone() as alone:
-            if alone:
-                work.remove()
+        while not self.is_finished():
+            # Who came to the end may be removing the folder.
+            with contextlib.suppress(VanishedError):
+                work.make()
+                with work.planning():
+                    # Somebody may have finished it since.
+                    plan = None if self.is_finished() else self._begun_or_joined(work)
+                    if plan is not None:
+                        working.enter_context(work.working())
+                        return Job(self.request.out, plan, self.request.tokenizer_path)
+            time.sleep(AGAIN_SECONDS)
+        return None
 
-    def begin_or_join(self, work: WorkFolder) -> Plan:
-        """The plan to work by, which is written down; to be called within `work.planning()`."""
+    def _begun_or_joined(self, work: WorkFolder) -> Plan | None:
+        """The plan to work by, which is written down; None while others leave a job that is finished."""
         if not work.job_path.exists():
-            plan = self.plan()
-            work.write_plan(plan)
-            return plan
+            work.begin(self.plan)
+            return self.plan
         begun = work.read_plan()
         with work.alone() as alone:
+            if self._is_finished(begun):
+                if not alone:
+                    return None
+                # Who finished it died before he could remove it.
+                work.begin(self.plan)
+                return self.plan
             # Who joins others believes their list: not each of a thousand tasks lists a million files.
-            plan = self.plan() if alone else self._on_files_of(begun)
-            difference = begun.difference(plan)
-            if difference is None:
+            differing = begun.difference(self.plan if alone else self._on_files_of(begun))
+            if differing is None:
                 return begun
             if alone and not work.tasks_done():
-                work.write_plan(plan)
-                return plan
+                work.begin(self.plan)
+                return self.plan
         raise ValueError(
-            f"{work.out} holds the unfinished preparation of {difference}: finish that one, or remove {work.path} to "
+            f"{work.out} holds the unfinished preparation of {differing}: finish that one, or remove {work.path} to "
             "start again"
         )
+
+    def _is_finished(self, begun: Plan) -> bool:
+        out = self.request.out
+        return (out / MANIFEST_NAME).exists() and not missing_packs(Manifest.load(out), begun.packs)
 
     def _on_files_of(self, begun: Plan) -> Plan:
         return replace(

@@ -66,6 +66,10 @@ class Phase(ABC):
             OSError: the disk is full, a store does not answer: another attempt may succeed.
         """
 
+    def worker_bytes(self) -> int:
+        """Memory that a worker of this phase takes, where that is so much that it bounds their number; else 0."""
+        return 0
+
     def task_name(self, task: int) -> str:
         return f"{self.name}-{task:06d}"
 

@@ -5,18 +5,31 @@ folder is the same for any number of workers.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import xxhash
 
-from data_pipeline.corpus.config import CorpusConfig, InputConfig, corpus_of
+from data_pipeline.corpus.config import CorpusConfig
 from data_pipeline.corpus.document import Rejected
+from data_pipeline.corpus.input_config import InputConfig
 from data_pipeline.corpus.listing import InputFile, list_files
+from data_pipeline.curation.duplicates import DEFAULT_MEMORY_BYTES
+from data_pipeline.preparation.memory import available_bytes
 
+DIFFERENCES = {
+    "format": "another program",
+    "corpus": "other inputs or settings",
+    "tokenizer": "another tokenizer",
+    "shard_bytes": "another size of shards",
+    "packs": "other sequence lengths to pack for",
+}
+"""What a person calls the parts of a plan that he may have changed."""
 PLAN_FORMAT = 1
 """Raised whenever this program would write something else for the same plan."""
+LEAST_MEMORY_BYTES = 64 << 20
+"""With less, a search for duplicates would be parted into more tasks than are worth it."""
 LEAST_UNIT_BYTES = 16 << 20
 MOST_UNIT_BYTES = 256 << 20
 """Stored bytes of a unit: compressed, they become about one shard."""
@@ -26,7 +39,7 @@ DESIRED_UNITS = 256
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file of the corpus, and the number of its input."""
+    """A file, and the number of its input among those of the corpus, or among the evaluation sets."""
 
     file: InputFile
     input: int
@@ -44,10 +57,12 @@ class Plan:
     """Each a range [first, end) of the files."""
     hidden_files: tuple[int, ...]
     """By input: files that are not listed, since they are hidden."""
-    evaluation_files: tuple[InputFile, ...]
+    evaluation_files: tuple[PlannedFile, ...]
     """Of the sets against which documents are decontaminated."""
     packs: tuple[int, ...] = ()
     """Sequence lengths for which bins are planned at the end."""
+    duplicates_memory_bytes: int = DEFAULT_MEMORY_BYTES
+    """Of a worker that looks for duplicates. It decides into how many tasks that is parted, not what they find."""
 
     def input_of(self, file: PlannedFile) -> InputConfig:
         return self.corpus.inputs[file.input]
@@ -65,6 +80,7 @@ class Plan:
     def fingerprint(self) -> str:
         """xxh3-64 of all that the shards follow from, in hexadecimal; packing comes after them."""
         tree = self.to_json() | {"packs": []}
+        del tree["duplicates_memory_bytes"]
         return xxhash.xxh3_64_hexdigest(json.dumps(tree).encode())
 
     def to_json(self) -> dict[str, Any]:
@@ -74,10 +90,11 @@ class Plan:
             "tokenizer": self.tokenizer_fingerprint,
             "shard_bytes": self.shard_bytes,
             "packs": list(self.packs),
-            "files": [[planned.input, asdict(planned.file)] for planned in self.files],
+            "files": [_file_to_json(planned) for planned in self.files],
             "units": [list(unit) for unit in self.units],
             "hidden_files": list(self.hidden_files),
-            "evaluation_files": [asdict(file) for file in self.evaluation_files],
+            "evaluation_files": [_file_to_json(planned) for planned in self.evaluation_files],
+            "duplicates_memory_bytes": self.duplicates_memory_bytes,
         }
 
     @classmethod
@@ -86,31 +103,36 @@ class Plan:
             corpus=CorpusConfig.model_validate(tree["corpus"]),
             tokenizer_fingerprint=tree["tokenizer"],
             shard_bytes=tree["shard_bytes"],
-            files=tuple(PlannedFile(InputFile(**file), input_) for input_, file in tree["files"]),
+            files=tuple(map(_file_from_json, tree["files"])),
             units=tuple((first, end) for first, end in tree["units"]),
             hidden_files=tuple(tree["hidden_files"]),
-            evaluation_files=tuple(InputFile(**file) for file in tree["evaluation_files"]),
+            evaluation_files=tuple(map(_file_from_json, tree["evaluation_files"])),
             packs=tuple(tree["packs"]),
+            duplicates_memory_bytes=tree["duplicates_memory_bytes"],
         )
 
     def difference(self, other: "Plan") -> str | None:
-        """In what two plans differ, in words; None if they do not."""
+        """In what two plans differ, in words; None if they do not, but for the memory that they take."""
         ours, theirs = self.to_json(), other.to_json()
-        kinds = {
-            "format": "program",
-            "corpus": "inputs or settings",
-            "tokenizer": "tokenizer",
-            "shard_bytes": "size of shards",
-            "packs": "sequence lengths to pack for",
-        }
-        for key, words in kinds.items():
+        for key, words in DIFFERENCES.items():
             if ours[key] != theirs[key]:
-                return f"another {words}" if key in ("format", "tokenizer", "shard_bytes") else f"other {words}"
-        mine, others = ({planned.file.path: planned.file for planned in plan.files} for plan in (self, other))
-        for path in sorted(mine.keys() | others.keys()):
-            if mine.get(path) != others.get(path):
-                return f"another state of the input files ({path} is new, gone or changed)"
-        return None if ours == theirs else "another state of the input files"
+                return words
+        if ours | {"duplicates_memory_bytes": 0} == theirs | {"duplicates_memory_bytes": 0}:
+            return None
+        mine, others = (
+            {planned.file.label: planned.file for planned in (*plan.files, *plan.evaluation_files)}
+            for plan in (self, other)
+        )
+        return files_differ(mine, others)
+
+
+def files_differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In words, that two lists of files differ, of which each says something by the files' labels."""
+    changed = sorted(label for label in one.keys() | other.keys() if one.get(label) != other.get(label))
+    if not changed:
+        return "another number of hidden files, or another size of units of work"
+    more = f", and {len(changed) - 1:,} more" if len(changed) > 1 else ""
+    return f"another state of the input files ({changed[0]} is new, gone or changed{more})"
 
 
 def make_plan(
@@ -132,7 +154,7 @@ def make_plan(
         hidden: list[Rejected] = []
         files += [PlannedFile(file, number) for file in list_files(input_, hidden.append)]
         hidden_files.append(len(hidden))
-    evaluation = evaluation_corpus(corpus)
+    evaluation_sets = enumerate(corpus.curation.evaluation_sets)
     sizes = [planned.file.size for planned in files]
     return Plan(
         corpus=corpus,
@@ -141,20 +163,21 @@ def make_plan(
         files=tuple(files),
         units=tuple(units_of(sizes, unit_bytes or default_unit_bytes(sizes))),
         hidden_files=tuple(hidden_files),
-        evaluation_files=() if evaluation is None else tuple(_all_files(evaluation)),
+        evaluation_files=tuple(
+            PlannedFile(file, set_) for set_, input_ in evaluation_sets for file in list_files(input_)
+        ),
         packs=tuple(sorted(set(packs))),
+        duplicates_memory_bytes=min(DEFAULT_MEMORY_BYTES, max(LEAST_MEMORY_BYTES, available_bytes() // 2)),
     )
 
 
-def evaluation_corpus(corpus: CorpusConfig) -> CorpusConfig | None:
-    """The evaluation sets against which a corpus is decontaminated, as a corpus of their own; None if it is not."""
-    decontaminate = corpus.curation.decontaminate
-    return None if decontaminate is None else corpus_of(decontaminate.against)
+def _file_to_json(planned: PlannedFile) -> list[Any]:
+    return [planned.input, asdict(planned.file)]
 
 
-def _all_files(corpus: CorpusConfig) -> Iterator[InputFile]:
-    for input_ in corpus.inputs:
-        yield from list_files(input_)
+def _file_from_json(entry: list[Any]) -> PlannedFile:
+    input_, file = entry
+    return PlannedFile(InputFile(**file), input_)
 
 
 def default_unit_bytes(sizes: Sequence[int | None]) -> int:

@@ -9,7 +9,7 @@ from typing import BinaryIO, Self
 from data_pipeline.corpus.document import Rejected
 
 OWNER_ONLY = 0o600
-"""The file holds raw text, of which nothing is known."""
+"""Of files with raw text, of which nothing is known, or with URLs that are signed."""
 
 
 class Quarantine:

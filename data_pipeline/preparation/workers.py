@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.preparation.memory import available_bytes
 from data_pipeline.preparation.phase import Job, OnBytes, Phase
+from data_pipeline.preparation.work_folder import WorkFolder
 
 LOOK_SECONDS = 0.5
 """Between two looks at what others have done."""
 PROCESS_BYTES = 4 << 20
 """A process takes a second or two to start, in which so many bytes are nearly done."""
+WORKER_BYTES = 256 << 20
+"""Memory that a worker takes in any phase."""
 LEAVE_SECONDS = 10.0
 """Workers that were told to stop have so long to do it themselves."""
 
@@ -48,12 +53,18 @@ def work_through(phase: Phase, workers: int, progress: OnProgress) -> None:
     meter = _Meter(phase, progress)
     pending = meter.look()
     worth = 1 + sum(PROCESS_BYTES if size is None else size for size in pending) // PROCESS_BYTES
-    processes = min(workers, len(pending), worth)
+    processes = min(workers, len(pending), worth, _room(phase))
     if processes > 1:
         _Crew(phase, processes, workers // processes, meter).run()
     elif pending:
         do_tasks(phase, workers, meter.reach)
     meter.look()
+
+
+def _room(phase: Phase) -> int:
+    """For how many workers of a phase this machine has memory."""
+    needed = phase.worker_bytes()
+    return max(1, available_bytes() // (needed + WORKER_BYTES)) if needed else sys.maxsize
 
 
 def do_tasks(phase: Phase, threads: int, reached: Callable[[int], None]) -> None:
@@ -75,12 +86,13 @@ def do_tasks(phase: Phase, threads: int, reached: Callable[[int], None]) -> None
 def _try_task(phase: Phase, task: int, threads: int, reached: Callable[[int], None]) -> bool:
     """Whether the task could be taken."""
     work, name = phase.job.work, phase.task_name(task)
-    with work.claimed(name) as is_ours:
-        if not is_ours:
+    with work.claimed(name) as claim:
+        if claim is None:
             return False
-        if not work.is_done(name):
-            work.mark_done(name, phase.do(task, threads, _adding_up(reached)))
-            reached(0)
+        if not claim.is_done:
+            claim.finish(phase.do(task, threads, _adding_up(reached)))
+        claim.announce()
+        reached(0)
         return True
 
 
@@ -215,9 +227,8 @@ def _worker(
 
     error: Exception | None = None
     try:
-        job = Job.opened(out, tokenizer_path)
-        with job.work.working():
-            do_tasks(phase_type(job), threads, reached)
+        with WorkFolder(out).working():
+            do_tasks(phase_type(Job.opened(out, tokenizer_path)), threads, reached)
     except _Stopped:
         pass
     except Exception as met:

@@ -14,7 +14,7 @@ CONTENDERS = {
     "comes as often as chance has it",
     "steppe": "the Loader: exact order, every 64 KiB block verified when it is first touched, batches made in a "
     "thread; one micro-batch a step",
-    "steppe-8": "the same with 8 micro-batches a step, read at once",
+    "steppe-8": "the same with 8 micro-batches a step",
     "steppe-mask": "as steppe, with intra-document masks: positions and document numbers, no target after an EOS",
     "steppe-best-fit": "as steppe, with packing: best_fit",
     "steppe-best-fit-mask": "the same with intra-document masks",

@@ -98,6 +98,7 @@ class PreparationArray:
         self.logs.mkdir(exist_ok=True)
         corpus = yaml.safe_dump(self.request.corpus.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_durably(self.logs / CORPUS_FILE, corpus)
+        (self.logs / CORPUS_FILE).chmod(0o600)  # a URL in it may be signed
         script = self.script()
         write_durably(self.logs / SCRIPT_FILE, script)
         return Slurm(self.profile().slurm_timeout_seconds).sbatch(script)

@@ -30,7 +30,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 @app.command("prepare")
 def prepare(
     tokenizer: Annotated[str, typer.Option(help="A sentencepiece model, or a Hugging Face tokenizer.json.")],
-    out: Annotated[Path, typer.Option(help="The data folder to write.")],
+    out: Annotated[str, typer.Option(help="The data folder to write.")],
     inputs: Annotated[
         list[str], typer.Option("--input", help="File, folder, URL or Hugging Face dataset; one or more.")
     ] = [],  # noqa: B006
@@ -64,22 +64,23 @@ def prepare(
     the work is shared.
     """
     from data_pipeline.preparation.job import Request
-    from launch.prepare import chosen_corpus, prepare_here, queue_preparation
+    from launch.prepare import chosen_corpus, local_folder, prepare_here, queue_preparation
 
-    request = Request(
-        chosen_corpus(inputs + (more_inputs or []), corpus, text_field), tokenizer, out, packs=tuple(pack)
-    )
+    texts = chosen_corpus(inputs + (more_inputs or []), corpus, text_field)
+    request = Request(texts, tokenizer, local_folder(out), packs=tuple(pack))
     if cluster is not None:
+        if report:
+            raise ValueError("--report does not go with --cluster: give it without, once the array has finished DIR")
         queue_preparation(request, workers, cluster, tasks, time, dry_run, as_json)
         return
     if tasks is not None or time is not None or dry_run:
         raise ValueError("--tasks, --time and --dry-run do not go without --cluster: leave them out")
     manifest = prepare_here(request, workers)
-    result = {"path": str(out), **_summary(manifest), "fingerprint": manifest.fingerprint}
+    result = {"path": out, **_summary(manifest), "fingerprint": manifest.fingerprint}
     if report:
         from launch.preparation_report import PreparationReport
 
-        page = PreparationReport.read(out)
+        page = PreparationReport.read(request.out)
         result |= page.write() if as_json else page.show()
     _report(result, as_json)
 

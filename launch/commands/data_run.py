@@ -12,11 +12,12 @@ import typer
 from launch.commands.train import Overrides
 
 if TYPE_CHECKING:
-    from pretrain.data_stages import DataStage
     from pretrain.ledger import Ledger, SampleContent, StepData
     from pretrain.run_dir import RunDir
 
 EXCERPT_CHARACTERS = 160
+MOST = 10**15
+"""Steps or tokens that a command takes: beyond any run, and positions still fit 64 bits."""
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -24,14 +25,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 def mix(
     run_dir: Run,
-    at_step: Annotated[int | None, typer.Option(min=0, help="The stage begins after so many steps.")] = None,
-    at_tokens: Annotated[int | None, typer.Option(min=0, help="Or with the first step after so many tokens.")] = None,
+    at_step: Annotated[int | None, typer.Option(min=0, max=MOST, help="The stage begins after so many steps.")] = None,
+    at_tokens: Annotated[int | None, typer.Option(min=0, max=MOST, help="Or after so many tokens.")] = None,
     overrides: Overrides = [],  # noqa: B006
+    drop: Annotated[bool, typer.Option("--drop", help="Take away the stage that begins there.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Record a new stage of a run's data: --set weights.NAME=W, sequence_length=T, global_batch_size=B.
 
-    What is not named stays; weights.NAME=null takes a source out. The next `steppe resume` reads by it.
+    What is not named stays; weights.NAME=null takes a source out; a stage that begins there already is changed. The
+    next `steppe resume` reads by it.
     """
     from launch.mixing import mixed
     from launch.run_folder import locked
@@ -46,22 +49,25 @@ def mix(
     unit, begin = ("step", at_step) if at_step is not None else ("tokens", at_tokens)
     assert begin is not None
     run = RunDir(run_dir.resolve())
-    change = mixed(run, unit, begin, overrides)
+    change = mixed(run, unit, begin, overrides, drop)
     with locked(run):
-        change.make()
+        change.make(say=False)  # the stages are shown, rather
     with closing(_ledger(run)) as ledger:
         stages = [stage.as_event() for stage in ledger.stages]
         if as_json:
             print(json.dumps({"path": str(run_dir), "stages": stages, **_consumption(ledger, None)}))
             return
-        _print_stages(ledger.stages)
+        end = ledger.end()
+        for stage in ledger.stages:
+            late = "" if stage.begin.step < end.step else f" (after the end of the run, step {end.step})"
+            print(f"{stage.in_words()}{late}", file=sys.stderr)
         _print_consumption(ledger, None)
 
 
 def consumed(
     run_dir: Run,
     at_step: Annotated[
-        int | None, typer.Option(min=0, help="After this step [default: the newest checkpoint].")
+        int | None, typer.Option(min=0, max=MOST, help="After this step [default: the newest checkpoint].")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -85,10 +91,12 @@ def show_step(
     from data_pipeline.tokenizer import Tokenizer
 
     run = _run(run_dir)
-    if step is None or step < 1:
-        raise ValueError(
-            f"--step {step}: name a step of {run_dir}, the first being 1" if step is not None else _NO_STEP
-        )
+    if step is None:
+        raise ValueError("which step of the run? give --step N, the first being 1")
+    if not 1 <= step <= MOST:
+        raise ValueError(f"--step {step}: name a step of {run_dir}, from 1 to {MOST}, the first being 1")
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks {ranks}: give a number of ranks, 1 or more")
     with closing(_ledger(run)) as ledger:
         batch = ledger.step(step)
         positions = np.arange(batch.first, batch.first + batch.size)
@@ -107,9 +115,6 @@ def show_step(
             _print_sample(sample, full_text)
 
 
-_NO_STEP = "which step of the run? give --step N, the first being 1"
-
-
 def _run(run_dir: Path) -> "RunDir":
     from launch.run_folder import check_run
     from pretrain.run_dir import RunDir
@@ -120,9 +125,14 @@ def _run(run_dir: Path) -> "RunDir":
 
 
 def _ledger(run: "RunDir") -> "Ledger":
+    """Raises ValueError if the data is not what the run reads."""
+    from launch.run_checks import check_same_data, fingerprints
     from pretrain.ledger import Ledger
+    from pretrain.run_dir import read_json
 
-    return Ledger.of_run(run)
+    ledger = Ledger.of_run(run)
+    check_same_data(read_json(run.data_path), fingerprints(ledger.config, ledger.manifests), [])
+    return ledger
 
 
 def _share_of_rank(ledger: "Ledger", run: "RunDir", batch: "StepData", rank: int, ranks: int | None) -> slice:
@@ -184,7 +194,10 @@ def _consumption(ledger: "Ledger", at_step: int | None) -> dict[str, Any]:
     return {
         when: {
             **asdict(place),
-            "sources": {name: asdict(count) for name, count in ledger.consumed(place).items()},
+            "sources": {
+                name: {**asdict(count), "source_tokens": ledger.source_tokens.get(name)}
+                for name, count in ledger.consumed(place).items()
+            },
         }
         for when, place in places.items()
     }
@@ -209,8 +222,3 @@ def _print_consumption(ledger: "Ledger", at_step: int | None) -> None:
             cells += [f"{source['tokens']:,}", f"{100 * source['tokens'] / total:.1f} %", f"{source['epochs']:.3f}"]
         table.add_row(name, f"{tokens:,}", *cells)
     Console().print(table)
-
-
-def _print_stages(stages: "list[DataStage]") -> None:
-    for stage in stages:
-        print(stage.in_words(), file=sys.stderr)

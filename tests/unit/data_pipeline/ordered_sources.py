@@ -1,9 +1,10 @@
-"""Sources for the tests of the order, without files; and what the samples of an order hold, token by token."""
+"""Sources and orders for the tests of the order, without files; and what samples hold, token by token."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.order import SampleOrder, Stage
 from data_pipeline.samples import Extents, Samples, Windows, regroup
 
 
@@ -64,3 +65,29 @@ def tokens_of(extents: Extents) -> np.ndarray:
     """Every token of the samples, in their order: places in the stream."""
     ends = np.repeat(np.cumsum(extents.count), extents.count)
     return np.repeat(extents.start + extents.count, extents.count) - ends + np.arange(len(ends))
+
+
+T, W = 4, 100
+WINDOWS = {"a": 9001, "b": 5000, "c": 301}
+SOURCES = {name: WindowSource(count * T + 1, W * T) for name, count in WINDOWS.items()}
+WEIGHTS = {"a": 0.7, "b": 0.2, "c": 0.1}
+MIXED = [Stage(0, WEIGHTS, T)]
+
+
+def order(stages: list[Stage] = MIXED, sources: dict[str, WindowSource] = SOURCES, seed: int = 7) -> SampleOrder:
+    return SampleOrder(sources, 4, seed, stages)
+
+
+def arrays(source_order: SampleOrder, positions: np.ndarray) -> np.ndarray:
+    """Source, epoch, cut and number of each position: `(4, n)`."""
+    picked = source_order.samples(positions)
+    return np.stack([picked.source, picked.epoch, picked.cut, picked.number])
+
+
+def served(source_order: SampleOrder, end: int) -> dict[str, list[tuple[int, int, int]]]:
+    """(epoch, cut, number) of each source, in the order served."""
+    source, *sample = arrays(source_order, np.arange(end))
+    return {
+        name: list(zip(*(array[source == place].tolist() for array in sample), strict=True))
+        for place, name in enumerate(source_order.sources)
+    }

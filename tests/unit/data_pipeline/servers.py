@@ -1,5 +1,6 @@
 """Real servers of files with real faults: over HTTP, and with the S3 protocol."""
 
+import math
 import socket
 import struct
 import threading
@@ -18,6 +19,8 @@ import xxhash
 
 Fault = Literal["503", "403", "404", "429", "reset", "truncated", "short", "stalled", "none"]
 STALL_SECONDS = 3.0
+PATIENCE_SECONDS = 60.0
+"""For what is sure to happen."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,56 @@ class FileServer:
     etags: dict[str, str] = field(default_factory=dict)
     """By path, where not a hash of the content."""
     requests: list[Request] = field(default_factory=list)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _answers: float = math.inf
+    """GETs of shards that are answered before others wait."""
+    _waiting: int = 0
 
     def gets(self, suffix: str = "") -> list[Request]:
         return [r for r in self.requests if r.method == "GET" and r.path.endswith(suffix)]
+
+    def hold(self, after: float = 0) -> None:
+        """Answer so many more GETs of shards; others wait for `release`."""
+        with self._changed:
+            self._answers = after
+
+    def release(self) -> None:
+        """Answer all that wait, and all to come."""
+        with self._changed:
+            self._answers = math.inf
+            self._changed.notify_all()
+            assert self._changed.wait_for(lambda: not self._waiting, PATIENCE_SECONDS)
+
+    def wait_for_gets(self, count: int, suffix: str = "") -> None:
+        """Until there have been so many, answered or not."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self.gets(suffix)) >= count, PATIENCE_SECONDS)
+
+    def take(self, request: Request) -> None:
+        """Note a request; returns when it is to be answered."""
+        with self._changed:
+            self.requests.append(request)
+            self._changed.notify_all()
+            if request.method == "GET" and request.path.endswith(".bin"):
+                self._waiting += 1
+                self._changed.wait_for(lambda: self._answers > 0, PATIENCE_SECONDS)
+                self._answers -= 1
+                self._waiting -= 1
+                self._changed.notify_all()
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer) -> Iterator[str]:
+    """The URL of a server that answers until the end of the context."""
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @contextmanager
@@ -63,17 +113,9 @@ def file_server(folder: Path) -> Iterator[FileServer]:
         def handle_error(self, *arguments: object) -> None:
             """A connection that breaks is what the tests are about."""
 
-    server = Server(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    Handler.files = FileServer(folder, f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(Server(("127.0.0.1", 0), Handler)) as url:
+        Handler.files = FileServer(folder, url)
         yield Handler.files
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -94,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.files.requests.append(Request(self.command, path, self.headers.get("Range")))
+        self.files.take(Request(self.command, path, self.headers.get("Range")))
         time.sleep(self.files.latency_seconds)
         fault = self.files.faults.popleft() if self.files.faults and body else self.files.always
         if fault.isdecimal():

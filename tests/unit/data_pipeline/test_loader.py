@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.batch import Batch
 from data_pipeline.config import CacheConfig, DataConfig, SourceConfig
-from data_pipeline.loader import SAMPLES_AHEAD, Loader, validation_batches
+from data_pipeline.loader import SAMPLES_AHEAD, TOKENS_AT_ONCE, Loader
 from data_pipeline.order import Stage
 from data_pipeline.pack_files import plan_packing
 from data_pipeline.token_source import TokenSource
@@ -173,6 +173,7 @@ def test_what_will_be_read_is_announced_long_before(data: DataConfig, monkeypatc
         read_runs(self, starts, *rest)
 
     ahead: list[int] = []
+    monkeypatch.setattr("data_pipeline.loader.TOKENS_AT_ONCE", 16 * T)
     monkeypatch.setattr(TokenSource, "prefetch", note_prefetch)
     monkeypatch.setattr(TokenSource, "read", note_read)
     plan = ((16 * i, 16) for i in range(300))
@@ -180,7 +181,38 @@ def test_what_will_be_read_is_announced_long_before(data: DataConfig, monkeypatc
     loader = Loader(only_a, 0, [Stage(0, {"a": 1.0}, T)], 0, 1, 16, False, plan)
     assert len(list(loader)) == 300
     assert len(read) == 4800
-    assert min(ahead[:150]) >= SAMPLES_AHEAD - 16
+    assert ahead[0] == 0  # the first is waited for
+    assert min(ahead[1:150]) >= SAMPLES_AHEAD - 16
+
+
+def test_small_global_batches_are_read_at_once(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the first, which is waited for, and never two lengths; it makes no difference to the batches."""
+    reads: list[int] = []
+    read_runs = TokenSource.read
+
+    def note_read(self: TokenSource, starts: np.ndarray, *rest: np.ndarray) -> None:
+        reads.append(len(starts))
+        read_runs(self, starts, *rest)
+
+    monkeypatch.setattr(TokenSource, "read", note_read)
+    only_a = data.model_copy(update={"sources": data.sources[:1]})
+    stages = [Stage(0, {"a": 1.0}, T), Stage(240, {"a": 1.0}, 2 * T)]
+    of_limit = {}
+    for limit, expected in ((0, [8] * 40), (32 * T, [8, *[32] * 7, 8, *[16] * 5]), (TOKENS_AT_ONCE, [8, 232, 80])):
+        monkeypatch.setattr("data_pipeline.loader.TOKENS_AT_ONCE", limit)
+        reads.clear()
+        loader = Loader(only_a, 0, stages, 0, 1, 4, True, ((8 * i, 8) for i in range(40)))
+        of_limit[limit] = list(loader)
+        assert reads == expected
+    for limit in (32 * T, TOKENS_AT_ONCE):
+        for at_once, alone in zip(of_limit[limit], of_limit[0], strict=True):
+            assert len(at_once) == len(alone) == 2
+            for one, other in zip(at_once, alone, strict=True):
+                for name in ("tokens", "targets", "positions", "document_ids"):
+                    array = getattr(one, name)
+                    assert np.array_equal(array, getattr(other, name))
+                    assert array.flags.c_contiguous
+                    assert array.flags.writeable
 
 
 def test_a_resume_continues_with_the_same_batches(data: DataConfig) -> None:
@@ -214,7 +246,11 @@ def test_the_mask_reaches_the_batches(data: DataConfig) -> None:
     assert batch.document_ids.max() > 0
 
 
-def test_a_failure_is_told_before_it_is_raised(data: DataConfig) -> None:
+@pytest.mark.parametrize("tokens_at_once", [0, 11 * T, TOKENS_AT_ONCE])
+def test_a_failure_is_told_before_it_is_raised(
+    data: DataConfig, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
+) -> None:
+    monkeypatch.setattr("data_pipeline.loader.TOKENS_AT_ONCE", tokens_at_once)
     flip(Path(data.sources[1].path) / "shard_00001.bin", 7)
     loader = Loader(data, 0, STAGES, 0, 1, 1, False, ((i, 1) for i in range(1000)))
     good = 0
@@ -272,46 +308,3 @@ def test_unusable_sources(data: DataConfig, write_folder: WriteFolder) -> None:
     missing = SourceConfig(name="b", path="/nowhere/at/all")
     with pytest.raises(ValueError, match="data folder /nowhere/at/all does not exist"):
         make((data.sources[0], missing))
-
-
-def validate(
-    data: DataConfig, micro: int, world: int, limit: int | None = None, mask: bool = False
-) -> list[list[Batch]]:
-    return [list(validation_batches(data.sources[0], T, micro, r, world, mask, limit)) for r in range(world)]
-
-
-@pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (3, 2), (5, 4), (1000, 2)])
-@pytest.mark.parametrize("mask", [False, True])
-def test_validation_scores_every_token_once(data: DataConfig, micro: int, world: int, mask: bool) -> None:
-    ranks = validate(data, micro, world, mask=mask)
-    assert len({len(batches) for batches in ranks}) == 1
-    scored: Counter[int] = Counter()
-    for batches in ranks:
-        for batch in batches:
-            assert batch.tokens.shape == (micro, T)
-            scored.update(batch.targets[batch.targets != -100].tolist())
-    stored = Counter(np.concatenate(numbered_documents(3, 900)).tolist())
-    stored[1] -= 900 if mask else 1  # nothing predicts the first BOS; with a mask, no BOS
-    assert scored == +stored
-
-
-def test_validation_can_be_limited(data: DataConfig) -> None:
-    ranks = validate(data, micro=3, world=2, limit=7)
-    assert [len(batches) for batches in ranks] == [2, 2]
-    assert sum(batch.valid_tokens for batches in ranks for batch in batches) == 7 * T
-    assert [batches[-1].valid_tokens for batches in ranks] == [T, 0]
-
-
-def test_validation_on_a_source_shorter_than_a_window(data: DataConfig, write_folder: WriteFolder) -> None:
-    short = SourceConfig(name="s", path=str(write_folder("short", [[1, 9, 2]], vocab_size=60_000)))
-    (batch,) = validation_batches(short, T, 2, 0, 1, False)
-    assert batch.targets[0].tolist() == [9, 2] + [-100] * 6
-    assert batch.valid_tokens == 2
-
-
-def test_validation_through_a_cache(data: DataConfig, tmp_path: Path) -> None:
-    cache = CacheConfig(folder=str(tmp_path / "cache"), max_bytes=1 << 28, local_sources=True)
-    (expected,) = validate(data, 5, 1)
-    got = list(validation_batches(data.sources[0], T, 5, 0, 1, False, cache=cache))
-    assert [rows([batch]) for batch in got] == [rows([batch]) for batch in expected]
-    assert any((tmp_path / "cache").rglob("shard_00000.bin/*"))

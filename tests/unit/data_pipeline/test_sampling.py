@@ -94,3 +94,11 @@ def test_seed_and_place(corpus: CorpusConfig, tmp_path: Path) -> None:
 def test_bytes_that_are_none(sample_bytes: int, corpus: CorpusConfig) -> None:
     with pytest.raises(ValueError, match=f"--sample-bytes {sample_bytes}: .* give 1 to"):
         sample_corpus(corpus, sample_bytes)
+
+
+def test_an_input_that_would_not_be_in_the_sample(corpus: CorpusConfig) -> None:
+    light = corpus.inputs[1].model_copy(update={"weight": 1e-3})
+    corpus = CorpusConfig(inputs=(corpus.inputs[0], light))
+    assert [bool(sample.documents) for sample in sample_corpus(corpus, 12_004)] == [True, True]
+    with pytest.raises(ValueError, match=r"small has weight 0.001 of 3.001, .* 3 of --sample-bytes 12000.*: raise"):
+        sample_corpus(corpus, 12_000)

@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline import shard_cache
 from data_pipeline.shard_cache import ShardCache, release
+from tests.unit.data_pipeline.locks import ask_as_nfs_does
 
 KB = 1024
 SIZE = 4 * KB
@@ -49,6 +50,14 @@ def files(folder: Path) -> dict[str, int]:
 
 def usage(folder: Path) -> int:
     return int((folder / "usage").read_text())
+
+
+def test_locks_are_such_as_nfs_grants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_as_nfs_does(monkeypatch)
+    cache = ShardCache(tmp_path / "cache", 16 * SIZE)
+    for number in range(40):
+        assert use(cache, str(number))
+    assert len(files(tmp_path / "cache")) <= 16
 
 
 def test_an_entry_is_fetched_once(tmp_path: Path) -> None:

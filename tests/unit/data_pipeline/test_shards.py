@@ -100,6 +100,13 @@ def test_an_error_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_document_that_is_longer_than_an_index_can_say_is_refused(tmp_path: Path) -> None:
+    tokens = np.broadcast_to(np.zeros(1, dtype=U2), 1 << 31)  # takes no memory
+    with ShardWriter(tmp_path, U2) as writer, pytest.raises(ValueError, match="2,147,483,648 tokens.*split it"):
+        writer.append(tokens, np.array([len(tokens)]))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
 def test_a_full_disk_passes_through(tmp_path: Path) -> None:
     (tmp_path / "m.json.tmp").symlink_to("/dev/full")

@@ -1,10 +1,5 @@
 import os
-import sys
 import tracemalloc
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -132,59 +127,6 @@ def test_sources_must_share_a_tokenizer(write_folder: WriteFolder) -> None:
     ):
         open_sources(sources, {})
     assert list(open_sources(sources[:1], {str(one): Manifest.load(one)})) == ["a"]
-
-
-@pytest.fixture
-def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
-    """How often this process asks the file system for something below the test's folder, and the bytes it reads."""
-    counted: Counter[str] = Counter()
-    listening = [True]
-
-    def hear(event: str, arguments: tuple[Any, ...]) -> None:
-        if listening and event in ("open", "os.listdir", "os.scandir") and str(arguments[0]).startswith(str(tmp_path)):
-            counted[event] += 1
-
-    sys.addaudithook(hear)  # for good: there is no way to take it away
-    for name in ("stat", "lstat"):
-
-        def count(*arguments: Any, name: str = name, true: Any = getattr(os, name), **options: Any) -> Any:
-            counted[name] += str(arguments[0]).startswith(str(tmp_path))
-            return true(*arguments, **options)
-
-        monkeypatch.setattr(os, name, count)
-    monkeypatch.setattr(
-        os,
-        "preadv",
-        lambda descriptor, buffers, offset, true=os.preadv: (
-            counted.update({"bytes": sum(map(len, buffers))}) or true(descriptor, buffers, offset)
-        ),
-    )
-    yield counted
-    listening.clear()
-
-
-def test_a_thousand_ranks_start_on_one_manifest(write_folder: WriteFolder, calls: Counter[str]) -> None:
-    """Each opens what its first batch touches and nothing else; nobody lists a folder, or looks at other shards."""
-    folder = write_folder("a", documents(200_000, length=500), shard_bytes=10_000)
-    shards, shard_tokens, ranks, batch, T = 40, 5000, 1024, 8, 32
-    calls.clear()
-    manifest = Manifest.load(folder)  # by one rank, which sends it to the others
-    assert calls["open"] == 1
-    assert calls["os.listdir"] + calls["os.scandir"] == 0
-    assert calls["stat"] + calls["lstat"] <= 1
-    assert len(manifest.shards) == shards
-    for rank in range(ranks):
-        calls.clear()
-        source = TokenSource(str(folder), manifest)
-        assert not +calls, "to open a source is to do nothing"
-        starts = np.random.default_rng(rank).integers(0, 200_000 - T - 1, batch)
-        source.read(starts, np.full(batch, T + 1), np.empty(batch * (T + 1), dtype="<u2"), np.arange(batch) * (T + 1))
-        touched = len(np.unique(np.concatenate([starts, starts + T]) // shard_tokens))
-        assert calls["open"] == 2 * touched  # its tokens, and their hashes
-        assert calls["os.listdir"] + calls["os.scandir"] + calls["stat"] + calls["lstat"] == 0
-        # Each hash block once, and the runs themselves.
-        assert calls["bytes"] == touched * 2 * shard_tokens + batch * (T + 1) * 2
-        source.close()
 
 
 def test_ten_trillion_tokens_take_no_more_memory_than_their_names() -> None:

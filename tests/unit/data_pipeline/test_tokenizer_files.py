@@ -1,12 +1,13 @@
 import json
+import shutil
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_files import TokenizerFiles, fingerprint_of, tokenizer_in
 from tests.json_tokenizers import BOS, EOS, SPLITS, trained, write
+from tests.unit.data_pipeline.servers import file_server
 
 
 @pytest.fixture
@@ -81,13 +82,12 @@ def test_a_damaged_config(content: bytes, reason: str, json_path: Path) -> None:
     assert fingerprint_of(json_path) is None
 
 
-def test_one_in_an_object_store(json_path: Path, tokenizer_path: Path) -> None:
-    store = fsspec.filesystem("memory")
+def test_one_behind_a_server(json_path: Path, tokenizer_path: Path, tmp_path: Path) -> None:
     for path in (json_path, json_path.with_name("tokenizer_config.json"), tokenizer_path):
-        store.pipe_file(f"/tokenizers/{path.name}", path.read_bytes())
-    for path in (json_path, tokenizer_path):
-        there = Tokenizer(f"memory://tokenizers/{path.name}")
-        assert there.fingerprint == fingerprint_of(path)
-        assert there.encode("some text") == Tokenizer(path).encode("some text")
-    assert fingerprint_of("memory://tokenizers/none.model") is None
-    store.rm("/tokenizers", recursive=True)
+        shutil.copyfile(path, tmp_path / path.name)
+    with file_server(tmp_path) as server:
+        for path in (json_path, tokenizer_path):
+            there = Tokenizer(f"{server.url}/{path.name}")
+            assert there.fingerprint == fingerprint_of(path)
+            assert there.encode("some text") == Tokenizer(path).encode("some text")
+        assert fingerprint_of(f"{server.url}/none.model") is None

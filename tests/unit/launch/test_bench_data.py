@@ -11,9 +11,9 @@ from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 from data_pipeline.config import SourceConfig
-from data_pipeline.loader import validation_batches
 from data_pipeline.shards import read_index
 from data_pipeline.token_source import TokenSource
+from data_pipeline.validation import validation_batches
 from data_pipeline.verify import verify
 from launch.bench import data_loader, data_prepare
 from launch.bench.app import app

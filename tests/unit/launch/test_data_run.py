@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.run_folder import new_run, with_absolute_paths
-from pretrain.recipe import load_config
+from pretrain.recipe import dump_config, load_config
 from pretrain.run_dir import RunDir
 from tests.conftest import Corpus, Steppe
 from tests.small_run import RECIPE
@@ -49,10 +49,32 @@ def test_a_stage_is_recorded(run: RunDir, steppe: Steppe) -> None:
     assert list(changed["changes"]) == ["data.stages"]
 
 
+def test_a_stage_can_be_taken_away(run: RunDir, steppe: Steppe) -> None:
+    steppe("data", "mix", run.path, "--at-step", 4, "--set", "weights.more=9")
+    told = steppe("data", "mix", run.path, "--at-step", 4000, "--set", "global_batch_size=16").stderr
+    assert "after the end of the run, step 12" in told
+    steppe("data", "mix", run.path, "--at-step", 4, "--drop")
+    assert stages(run) == [(4000, None, None, 16)]
+    assert (
+        "no stage begins there (stages begin at 4000)"
+        in steppe("data", "mix", run.path, "--at-step", 4, "--drop", code=2).stderr
+    )
+
+
+def test_other_data_than_the_run_reads_is_not_told_for_its_own(run: RunDir, corpus: Corpus, steppe: Steppe) -> None:
+    swapped = load_config(run.config_path, [f"data.sources=[{{name: code, path: '{corpus.held_out}'}}]"])
+    dump_config(swapped, run.config_path)
+    for words in (["show", run.path, "--step", 1], ["consumed", run.path]):
+        assert "data source code is not what this run has read" in steppe("data", *words, code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         ("--at-step 4", "nothing to change"),
+        ("--at-step 4 --drop", "the run has no stages"),
+        ("--at-step 4 --drop --set weights.code=2", "does not go with --drop"),
+        ("--at-step 99999999999999999999 --set weights.code=2", "1000000000000000"),
         ("--set weights.code=2", "when does the stage begin"),
         ("--at-step 4 --at-tokens 9 --set weights.code=2", "a stage has one beginning"),
         ("--at-step 4 --set weights.cod=2", "'cod', which is not among the sources"),
@@ -119,6 +141,8 @@ def test_the_documents_of_a_step(run: RunDir, corpus: Corpus, steppe: Steppe) ->
     [
         ("", "give --step N"),
         ("--step 0", "the first being 1"),
+        ("--step 99999999999999999999", "from 1 to"),
+        ("--step 1 --rank 0 --ranks 0", "1 or more"),
         ("--step 1 --rank 0", "give --ranks N"),
         ("--step 1 --rank 4 --ranks 4", "0 to 3"),
         ("--step 1 --rank 1 --ranks 3", "not a multiple"),

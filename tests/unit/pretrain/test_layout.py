@@ -152,7 +152,7 @@ def test_micro_batches_make_up_the_global_batch(layout: Layout, micro: int, coun
     size = layout.data * micro * count
     config = small_config(f"batch={{global_batch_size: {size}, micro_batch_size: {micro}}}")
     assert micro_batches(config, size, layout.data) == count
-    with pytest.raises(ValueError, match=f"global_batch_size={size + 1} is not a multiple of"):
+    with pytest.raises(ValueError, match=f"data.stages: global_batch_size={size + 1} is not a multiple of"):
         micro_batches(config, size + 1, layout.data * (size + 2))  # more ranks than samples
 
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.unit.data_pipeline.servers import serving
 
 DATASET = "owner/name"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -17,27 +18,20 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 class HubServer(ThreadingHTTPServer):
     """Holds one dataset, as `files` at one commit. Paths in `busy` answer 503 so many times."""
 
-    daemon_threads = True
+    url: str
 
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = files
         self.busy: Counter[str] = Counter()
         self.requests: list[str] = []
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
 @contextmanager
 def hub_server(files: dict[str, bytes]) -> Iterator[HubServer]:
     server = HubServer(files)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with serving(server) as server.url:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

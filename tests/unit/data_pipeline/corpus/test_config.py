@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.corpus.config import ConditionConfig, CorpusConfig, InputConfig, corpus_of, default_name, load_corpus
+from data_pipeline.corpus.config import CorpusConfig, corpus_of, load_corpus
+from data_pipeline.corpus.input_config import ConditionConfig, InputConfig, default_name
 
 EXAMPLE = """
 inputs:
@@ -16,8 +17,12 @@ inputs:
     weight: 2
   - {path: owner/name, subset: science, split: validation, revision: main}
   - {path: notes.txt, format: lines}
-curation: {gopher: true, exact_duplicates: true}
+curation:
+  gopher: true
+  decontaminate: {against: [exams/*.jsonl, {path: quiz.jsonl, text_field: question, where: {split: test}}]}
+  exact_duplicates: true
 """
+AGAINST = "{inputs: [{path: a}], curation: {decontaminate: {against: [%s]}}}"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -38,6 +43,9 @@ def test_a_corpus_in_words(tmp_path: Path) -> None:
     assert papers.where["draft"].one_of == (False,)
     assert papers.where["retracted"].one_of == (None,)
     assert corpus.curation.gopher is not None
+    exams, quiz = corpus.curation.evaluation_sets
+    assert (exams.name, exams.path, exams.text_field) == ("exams", "exams/*.jsonl", "text")
+    assert (quiz.name, quiz.text_field, quiz.where["split"].one_of) == ("quiz", "question", ("test",))
     assert CorpusConfig.model_validate(corpus.model_dump(mode="json")) == corpus
 
 
@@ -54,10 +62,28 @@ def test_a_corpus_in_words(tmp_path: Path) -> None:
         ("inputs: []", "inputs: a corpus needs at least one input: add {path: PATH}"),
         ("curation: {}", "inputs is missing: set it"),
         ("inputs: [{path: a, where: {n: {}}}]", "inputs.0.where.n: a condition that asks nothing: give a value"),
+        ("inputs: [{path: a, where: {n: {in: []}}}]", "inputs.0.where.n: no value meets {'in': []}: "),
+        ("inputs: [{path: a, where: {n: {min: 3, max: 1}}}]", "no value meets {'min': 3.0, 'max': 1.0}: "),
+        ("inputs: [{path: a, where: {n: {min: a, max: 1}}}]", "no value meets {'min': 'a', 'max': 1.0}: "),
+        ("inputs: [{path: a, where: {n: {in: [1, b], max: a}}}]", "no value meets {'in': [1, 'b'], 'max': 'a'}: "),
+        ("inputs: [{path: a, where: {n: {min: .nan}}}]", "inputs.0.where.n.min.float=nan: input should be a finite"),
         ("inputs: [{path: a, format: lines, where: {n: 1}}]", "format lines has no fields to put conditions on"),
         ("inputs: [{path: a, format: jsonl, split: test}]", "split is for hub datasets, but format is jsonl"),
         ("inputs: [{path: a, name: x}, {path: b, name: x}]", "two inputs are called 'x', but names must differ"),
         ("inputs: [{path: a}, {path: a}]", "two inputs are called 'a', but names must differ"),
+        (
+            "inputs: [{path: 'https://u:p@h/a?s=1'}, {path: 'https://u:p@h/a?s=1'}]",
+            "two inputs are called 'https://h/a'",
+        ),
+        (
+            AGAINST % "{path: e, text_feld: q}",
+            "unknown key curation.decontaminate.against.0.text_feld: did you mean text_",
+        ),
+        (
+            AGAINST % "{path: e, weight: 2}",
+            "against: weight is for the sample of a tokenizer, but e has weight 2: take",
+        ),
+        (AGAINST % "e, e", "two inputs are called 'e', but names must differ"),
         ("inputs: [", "is not valid YAML"),
         ("- path: a", "is not a corpus: expected a mapping of inputs and curation"),
     ],
@@ -81,6 +107,24 @@ def test_plain_paths() -> None:
     assert {input_.text_field for input_ in corpus.inputs} == {"body"}
     with pytest.raises(ValueError, match="a corpus needs at least one input"):
         corpus_of([])
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["https://u:secret@h/a.jsonl?sig=secret"], ["a"]),
+        (["https://u:secret@h?sig=secret"], ["h"]),
+        (
+            ["https://h/1/a.jsonl?sig=secret", "https://h/2/a.jsonl?sig=secret"],
+            ["https://h/1/a.jsonl", "https://h/2/a.jsonl"],
+        ),
+        (["https://h/a?file=secret1", "https://h/a?file=secret2", "b"], ["https://h/a (1)", "https://h/a (2)", "b"]),
+    ],
+)
+def test_no_name_shows_what_a_url_is_opened_with(paths: list[str], names: list[str]) -> None:
+    assert [input_.name for input_ in corpus_of(paths).inputs] == names
+    corpus = CorpusConfig.model_validate({"inputs": [{"path": "c"}], "curation": {"decontaminate": {"against": paths}}})
+    assert [set_.name for set_ in corpus.curation.evaluation_sets] == names
 
 
 @pytest.mark.parametrize(

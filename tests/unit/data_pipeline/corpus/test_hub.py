@@ -20,11 +20,11 @@ ROWS = [[{"text": f"{shard}-{row}", "lang": "de" if row == 1 else "en"} for row 
 # The libraries read where the hub is when they are imported, so that each reader is a process of its own.
 READER = """
 import json, sys
-from data_pipeline import remote
+from data_pipeline import retries
 from data_pipeline.corpus.config import InputConfig
 from data_pipeline.corpus.listing import list_files
 from data_pipeline.corpus.reading import read_file
-remote.FIRST_WAIT_SECONDS = 0.001
+retries.FIRST_WAIT_SECONDS = 0.001
 try:
     input_ = InputConfig.model_validate(json.loads(sys.argv[1]))
     files = list_files(input_)

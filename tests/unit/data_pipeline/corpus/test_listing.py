@@ -93,3 +93,8 @@ def test_a_file_that_changes_is_another(tmp_path: Path) -> None:
 )
 def test_formats_by_name(name: str, format_: str) -> None:
     assert format_of(name) == format_
+
+
+def test_a_folder_of_a_web_server_is_no_document() -> None:
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/texts/ is a folder of a web server.*name its files"):
+        list_files(InputConfig(path="http://127.0.0.1:9/texts/"))

@@ -11,12 +11,12 @@ import pyarrow.parquet
 import pytest
 import s3fs
 
-from data_pipeline import remote
+from data_pipeline import retries
 from data_pipeline.corpus import compression, stored, tables
 from data_pipeline.corpus.config import corpus_of
 from data_pipeline.corpus.listing import list_files
 from data_pipeline.corpus.reading import read_documents, read_file
-from data_pipeline.remote import RemoteError
+from data_pipeline.retries import RemoteError
 from tests.unit.data_pipeline.corpus.reading_helpers import as_lines, only_file, texts_of
 from tests.unit.data_pipeline.servers import Fault, FileServer, file_server, point_at_s3, s3_server
 
@@ -30,8 +30,8 @@ def _small_pieces_and_short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "PIECE_BYTES", PIECE_BYTES)
     monkeypatch.setattr(stored, "BUFFER_BYTES", 1000)
     monkeypatch.setattr(compression, "READ_BYTES", 1000)
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.001)
-    monkeypatch.setattr(remote, "ATTEMPTS", 5)
+    monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "ATTEMPTS", 5)
 
 
 def parquet_of(texts: list[str]) -> bytes:
@@ -88,7 +88,7 @@ def test_only_the_columns_asked_for_are_fetched(server: FileServer, monkeypatch:
 def test_what_breaks_on_the_way_is_fetched_again(
     server: FileServer, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "ATTEMPTS", 20)  # a piece and the one ahead share the faults
+    monkeypatch.setattr(retries, "ATTEMPTS", 20)  # a piece and the one ahead share the faults
     faults: list[Fault] = ["503", "reset", "truncated", "short"]
     file, input_ = only_file(f"{server.url}/{name}")
     server.faults.extend(faults)

@@ -4,21 +4,21 @@ from pydantic import ValidationError
 from data_pipeline.curation.config import CurationConfig, GopherConfig
 
 
-def test_everything_is_off_by_default():
+def test_everything_is_off_by_default() -> None:
     config = CurationConfig()
     assert set(config.model_dump().values()) == {None, False}
     assert not config.finds_duplicates
 
 
 @pytest.mark.parametrize("rules", ["c4", "gopher", "near_duplicates"])
-def test_true_asks_for_the_published_defaults_and_false_for_nothing(rules: str):
+def test_true_asks_for_the_published_defaults_and_false_for_nothing(rules: str) -> None:
     assert getattr(CurationConfig.model_validate({rules: True}), rules) == getattr(
         CurationConfig.model_validate({rules: {}}), rules
     )
     assert CurationConfig.model_validate({rules: False}) == CurationConfig()
 
 
-def test_gopher_has_the_thresholds_of_the_paper():
+def test_gopher_has_the_thresholds_of_the_paper() -> None:
     """Rae et al. 2021, appendix A.1.1 and table A1."""
     rules = GopherConfig()
     assert (rules.min_words, rules.max_words) == (50, 100_000)
@@ -34,7 +34,7 @@ def test_gopher_has_the_thresholds_of_the_paper():
 
 
 @pytest.mark.parametrize("rules", [{"exact_duplicates": True}, {"near_duplicates": True}])
-def test_either_kind_of_duplicate_needs_sketches(rules: dict[str, bool]):
+def test_either_kind_of_duplicate_needs_sketches(rules: dict[str, bool]) -> None:
     assert CurationConfig.model_validate(rules).finds_duplicates
 
 
@@ -48,10 +48,11 @@ def test_either_kind_of_duplicate_needs_sketches(rules: dict[str, bool]):
         ({"gopher": {"max_bullet_lines": 1.5}}, "max_bullet_lines"),
         ({"language": {"keep": []}}, "keep"),
         ({"decontaminate": {"against": []}}, "against"),
+        ({"decontaminate": {"against": "exam.jsonl"}}, "against"),
         ({"near_duplicates": {"threshold": 0}}, "threshold"),
         ({"near_duplicates": {"permutations": 8}}, "permutations"),
     ],
 )
-def test_what_makes_no_sense_is_refused(rules: dict, message: str):
+def test_what_makes_no_sense_is_refused(rules: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         CurationConfig.model_validate(rules)

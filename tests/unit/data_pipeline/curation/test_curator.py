@@ -23,7 +23,7 @@ def curator(tmp_path_factory: pytest.TempPathFactory) -> Curator:
     return Curator(config, collect_ngrams({"rivers.jsonl": [QUESTION]}, 13, tmp_path_factory.mktemp("ngrams")))
 
 
-def test_without_rules_every_text_stays_as_it_is():
+def test_without_rules_every_text_stays_as_it_is() -> None:
     for text in ("", PROSE, "{}"):
         assert Curator(CurationConfig()).judge(text) == Verdict(text, None)
 
@@ -40,11 +40,11 @@ def test_without_rules_every_text_stays_as_it_is():
         (PROSE, None),
     ],
 )
-def test_the_first_rule_that_removes_a_document_is_named(curator: Curator, text: str, rule: str | None):
+def test_the_first_rule_that_removes_a_document_is_named(curator: Curator, text: str, rule: str | None) -> None:
     assert curator.judge(text).rule == rule
     assert curator.judge(text) == curator.judge(text)
 
 
-def test_lines_are_taken_out_before_the_document_is_judged(curator: Curator):
+def test_lines_are_taken_out_before_the_document_is_judged(curator: Curator) -> None:
     verdict = curator.judge(PROSE + "Please enable JavaScript in your browser.\n" * 50)
     assert verdict == Verdict("\n".join(line for line in PROSE.splitlines() if line), None)

@@ -15,12 +15,12 @@ def ngrams(tmp_path_factory: pytest.TempPathFactory) -> EvaluationNgrams:
     return collect_ngrams(sets, 13, tmp_path_factory.mktemp("ngrams"))
 
 
-def test_a_document_with_a_passage_is_found_whatever_its_layout(ngrams: EvaluationNgrams):
+def test_a_document_with_a_passage_is_found_whatever_its_layout(ngrams: EvaluationNgrams) -> None:
     assert ngrams.find(f"Before. {QUESTION} After.") == "rivers"
     assert ngrams.find("so: " + OTHER.upper().replace(" ", " -\n")) == "cows"
 
 
-def test_thirteen_words_are_found_and_twelve_are_not(ngrams: EvaluationNgrams):
+def test_thirteen_words_are_found_and_twelve_are_not(ngrams: EvaluationNgrams) -> None:
     words = QUESTION.split()
     assert ngrams.find(" ".join(["x", *words[2:15], "x"])) == "rivers"
     assert ngrams.find(" ".join(["x", *words[2:14], "x"])) is None
@@ -30,26 +30,26 @@ def test_thirteen_words_are_found_and_twelve_are_not(ngrams: EvaluationNgrams):
 @pytest.mark.parametrize(
     "text", ["", "too short", "Nothing of this sort has ever been asked in any set of questions " * 9]
 )
-def test_other_documents_are_not_found(ngrams: EvaluationNgrams, text: str):
+def test_other_documents_are_not_found(ngrams: EvaluationNgrams, text: str) -> None:
     assert ngrams.find(text) is None
 
 
-def test_the_first_of_several_sets_is_named(ngrams: EvaluationNgrams):
+def test_the_first_of_several_sets_is_named(ngrams: EvaluationNgrams) -> None:
     assert ngrams.find(COMMON) == "rivers"
     assert ngrams.find(f"{OTHER} {QUESTION}") == "rivers"
 
 
-def test_they_are_kept_on_disk(tmp_path: Path):
-    assert not EvaluationNgrams.exist(tmp_path / "new")
+def test_they_are_kept_on_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        EvaluationNgrams(tmp_path / "new")
     collect_ngrams({"rivers": [QUESTION, "too short"]}, 5, tmp_path / "new")
-    assert EvaluationNgrams.exist(tmp_path / "new")
     ngrams = EvaluationNgrams(tmp_path / "new")
     assert ngrams.counts == {"rivers": SetCounts(texts=2, too_short=1)}
     assert ngrams.find("of the seven rivers that") == "rivers"
 
 
 @pytest.mark.parametrize("texts", [[], ["four words of text"]])
-def test_a_set_that_can_find_nothing_is_refused(tmp_path: Path, texts: list[str]):
+def test_a_set_that_can_find_nothing_is_refused(tmp_path: Path, texts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"evaluation set cows has no text of 13 words .* lower decontaminate.ngram"):
         collect_ngrams({"rivers": [QUESTION], "cows": texts}, 13, tmp_path)
-    assert not EvaluationNgrams.exist(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -38,7 +38,7 @@ LAX = GopherConfig(
 """Nothing breaks it."""
 
 
-def test_prose_breaks_no_rule():
+def test_prose_breaks_no_rule() -> None:
     assert broken_rule(PROSE, GopherConfig()) is None
 
 
@@ -64,18 +64,18 @@ def test_prose_breaks_no_rule():
         (PROSE.replace("\n", " ") + PROSE.replace("\n", " "), "max_duplicate_5grams"),
     ],
 )
-def test_each_kind_of_bad_text_breaks_its_rule(text: str, rule: str):
+def test_each_kind_of_bad_text_breaks_its_rule(text: str, rule: str) -> None:
     assert broken_rule(text, GopherConfig()) == rule
     assert rule in GopherConfig.model_fields
 
 
-def test_repeated_paragraphs_are_found_though_their_lines_are_allowed():
+def test_repeated_paragraphs_are_found_though_their_lines_are_allowed() -> None:
     rules = LAX.model_copy(update={"max_duplicate_paragraphs": 0.3})
     assert broken_rule("one\ntwo\n \none\ntwo\n\n\n one\ntwo\n\nthree", rules) == "max_duplicate_paragraphs"
 
 
 @pytest.mark.parametrize(("kind", "end"), [("line", "\n"), ("paragraph", "\n\n")])
-def test_only_what_stood_before_is_repeated(kind: str, end: str):
+def test_only_what_stood_before_is_repeated(kind: str, end: str) -> None:
     """Of 4 pieces with 7, 7, 7 and 15 characters, 2 with 14 of 36 are duplicates."""
     text = end.join(["one two", " one two", "x" * 15, "one two "])
     for rule, fraction in ((f"max_duplicate_{kind}s", 2 / 4), (f"max_duplicate_{kind}_characters", 14 / 36)):
@@ -83,7 +83,7 @@ def test_only_what_stood_before_is_repeated(kind: str, end: str):
         assert broken_rule(text, LAX.model_copy(update={rule: fraction - 1e-9})) == rule
 
 
-def test_text_without_spaces_is_judged_by_characters():
+def test_text_without_spaces_is_judged_by_characters() -> None:
     poem = (
         "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰馀成岁律吕调阳"
         "云腾致雨露结为霜金生丽水玉出昆冈剑号巨阙珠称夜光"
@@ -122,7 +122,7 @@ def duplicate_fraction(words: list[str], ngram: int) -> float:
     ),
     st.integers(2, 10),
 )
-def test_repetition_is_what_a_plain_count_finds(words: list[str], ngram: int):
+def test_repetition_is_what_a_plain_count_finds(words: list[str], ngram: int) -> None:
     top = ngram <= 4
     name = f"max_top_{ngram}gram" if top else f"max_duplicate_{ngram}grams"
     fraction = (top_fraction if top else duplicate_fraction)(words, ngram)

@@ -24,7 +24,7 @@ def similarity(one: str, other: str) -> float:
     return len(ngrams(one) & ngrams(other)) / len(ngrams(one) | ngrams(other))
 
 
-def test_the_hash_is_of_the_exact_text():
+def test_the_hash_is_of_the_exact_text() -> None:
     sketcher = Sketcher.of(CurationConfig(exact_duplicates=True))
     sketch = sketcher.sketch("Grüße")
     assert sketch.hash == xxhash.xxh3_128_digest("Grüße".encode())
@@ -32,7 +32,7 @@ def test_the_hash_is_of_the_exact_text():
     assert sketcher.sketch("Grüße ").hash != sketch.hash
 
 
-def test_signatures_estimate_similarity_as_well_as_theory_says():
+def test_signatures_estimate_similarity_as_well_as_theory_says() -> None:
     """The mean error is 0 and its deviation sqrt(s (1 - s) / permutations): the hash functions act independently."""
     generator = random.Random(1)
     sketcher = Sketcher.of(NEAR)
@@ -48,7 +48,7 @@ def test_signatures_estimate_similarity_as_well_as_theory_says():
     assert 0.85 < np.std(errors) < 1.15
 
 
-def test_signatures_agree_with_datasketch_on_what_is_similar():
+def test_signatures_agree_with_datasketch_on_what_is_similar() -> None:
     datasketch = pytest.importorskip("datasketch")
     generator = random.Random(2)
     for edits in (0, 2, 8, 14):
@@ -62,7 +62,7 @@ def test_signatures_agree_with_datasketch_on_what_is_similar():
         assert ours == pytest.approx(theirs[0].jaccard(theirs[1]), abs=0.08)
 
 
-def test_layout_and_case_do_not_change_a_signature_but_do_change_the_hash():
+def test_layout_and_case_do_not_change_a_signature_but_do_change_the_hash() -> None:
     sketcher = Sketcher.of(NEAR)
     one = sketcher.sketch("The river was wide, and the other bank was far away.")
     other = sketcher.sketch("the river was wide and\n\nTHE OTHER BANK was (far away)")
@@ -71,26 +71,26 @@ def test_layout_and_case_do_not_change_a_signature_but_do_change_the_hash():
 
 
 @pytest.mark.parametrize("texts", [("", "..."), ("one two", "two one"), ("!", "?")])
-def test_short_documents_are_like_their_copies_only(texts: tuple[str, str]):
+def test_short_documents_are_like_their_copies_only(texts: tuple[str, str]) -> None:
     one, other = (Sketcher.of(NEAR).sketch(text).signature for text in texts)
     assert (one == other).mean() < 0.1
     assert np.array_equal(one, Sketcher.of(NEAR).sketch(texts[0]).signature)
 
 
-def test_a_long_document_has_the_signature_of_all_its_parts():
+def test_a_long_document_has_the_signature_of_all_its_parts() -> None:
     items = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
     parts = [minhash(part, 64) for part in np.array_split(items, 7)]
     assert np.array_equal(minhash(items, 64), np.minimum.reduce(parts))
 
 
-def test_signatures_do_not_change_between_versions():
+def test_signatures_do_not_change_between_versions() -> None:
     """They are kept on disk by an unfinished job."""
     signature = minhash(mixed(np.arange(1, 100, dtype=np.uint64)), 128)
     assert xxhash.xxh3_64_hexdigest(signature.tobytes()) == "93c051677223fd8f"
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.7, 0.8, 0.9])
-def test_bands_are_the_best_by_the_errors_of_datasketch(threshold: float):
+def test_bands_are_the_best_by_the_errors_of_datasketch(threshold: float) -> None:
     lsh = pytest.importorskip("datasketch.lsh")
     bands = best_bands(64, threshold)
     theirs = Bands(*lsh._optimal_param(threshold, 64, 0.1, 0.9))
@@ -104,7 +104,7 @@ def test_bands_are_the_best_by_the_errors_of_datasketch(threshold: float):
     assert error(bands) <= 1.01 * error(theirs)
 
 
-def test_documents_share_a_band_exactly_where_its_rows_agree():
+def test_documents_share_a_band_exactly_where_its_rows_agree() -> None:
     generator = np.random.default_rng(0)
     signatures = generator.integers(0, 3, (200, 7), dtype=np.uint32)
     bands = Bands(count=3, rows=2)

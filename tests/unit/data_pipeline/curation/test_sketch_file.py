@@ -28,7 +28,7 @@ def write(path: Path, documents: int, permutations: int, bands: Bands) -> list[S
 
 @pytest.mark.parametrize("documents", [0, 1, 5, 13])
 @pytest.mark.parametrize(("permutations", "bands"), [(0, Bands(0, 0)), (7, Bands(2, 3))])
-def test_what_is_written_is_read(tmp_path: Path, documents: int, permutations: int, bands: Bands):
+def test_what_is_written_is_read(tmp_path: Path, documents: int, permutations: int, bands: Bands) -> None:
     sketches = write(tmp_path / "sketches", documents, permutations, bands)
     file = SketchFile(tmp_path / "sketches")
     assert (file.documents, file.permutations, file.bands) == (documents, permutations, bands)
@@ -43,20 +43,20 @@ def test_what_is_written_is_read(tmp_path: Path, documents: int, permutations: i
         assert np.array_equal(file.signatures(some), signatures[some])
 
 
-def test_a_writer_that_fails_leaves_nothing(tmp_path: Path):
+def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), SketchWriter(tmp_path / "sketches", 0, Bands(0, 0)):
         raise RuntimeError
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", [b"", b"SKETCH01", b"something else, and long enough to be a header"])
-def test_another_file_is_refused(tmp_path: Path, damage: bytes):
+def test_another_file_is_refused(tmp_path: Path, damage: bytes) -> None:
     (tmp_path / "sketches").write_bytes(damage)
     with pytest.raises(ValueError, match="no file of sketches: remove"):
         SketchFile(tmp_path / "sketches")
 
 
-def test_a_torn_file_is_refused(tmp_path: Path):
+def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "sketches", 3, 7, Bands(2, 3))
     content = (tmp_path / "sketches").read_bytes()
     assert len(content) == HEADER.size + 3 * (16 + 2 * 8 + 7 * 4)

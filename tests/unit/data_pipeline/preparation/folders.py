@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,12 +36,18 @@ def sample_texts(count: int, seed: int = 0, words: int = 200) -> list[str]:
     return [" ".join(rng.choices(WORDS, k=rng.randrange(20, words))) for _ in range(count)]
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A JSON lines file."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def write_corpus(folder: Path, texts: list[str], files: int) -> Path:
     """The texts in so many JSON lines files, in order."""
     folder.mkdir()
     each = -(-len(texts) // files)
     for number in range(files):
-        rows = texts[number * each : (number + 1) * each]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in rows)
-        (folder / f"part_{number:03d}.jsonl").write_text(lines)
+        part = texts[number * each : (number + 1) * each]
+        write_rows(folder / f"part_{number:03d}.jsonl", [{"text": text} for text in part])
     return folder

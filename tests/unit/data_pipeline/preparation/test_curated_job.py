@@ -2,18 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.corpus.config import CorpusConfig
 from data_pipeline.preparation.job import Request, prepare_corpus
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.verify import verify
-from tests.unit.data_pipeline.preparation.folders import documents_of, sample_texts
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+from tests.unit.data_pipeline.preparation.folders import documents_of, sample_texts, write_rows
 
 
 def test_each_rule_removes_what_it_should_and_is_counted(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import remote
+from data_pipeline import retries
 from data_pipeline.preparation.job import prepare
 from data_pipeline.preparation.work_folder import WorkFolder
 from data_pipeline.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from tests.unit.data_pipeline.servers import file_server
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be served, with an archive in it; and no long waits between attempts."""
-    monkeypatch.setattr(remote, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(retries, "FIRST_WAIT_SECONDS", 0.01)
     folder = tmp_path / "served"
     folder.mkdir()
     rows = "".join(json.dumps({"text": text}) + "\n" for text in sample_texts(40))

@@ -15,7 +15,6 @@ import psutil
 import pytest
 
 from data_pipeline.corpus.config import CorpusConfig, corpus_of
-from data_pipeline.manifest import Manifest
 from data_pipeline.preparation.job import Request, prepare, prepare_corpus
 from data_pipeline.preparation.work_folder import WorkFolder
 from data_pipeline.preparation.workers import Progress
@@ -86,22 +85,30 @@ def tasks_done(out: Path) -> int:
 def test_kills_and_other_machines_change_no_byte(
     many_files: Path, undisturbed: dict[str, bytes], tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at a first process or a worker, at several points of the job, while another machine works, too."""
+    """SIGKILL at a first process or a worker, at several points of the job, while another machine, which came at once
+    or later, works, too."""
     out = tmp_path / "d"
     rng = random.Random(7)
-    for at_least in (1, 10, 22, 30, 45, 70, 100):
-        pair = [machine(many_files, tokenizer_path, out) for _ in range(2)]
+
+    def pair_of(at_least: int, second_at: int) -> list["subprocess.Popen[str]"]:
+        """Two machines at a time when so many tasks are done; the second one came when so many were."""
+        pair = [machine(many_files, tokenizer_path, out)]
         deadline = time.monotonic() + 60
         while tasks_done(out) < at_least and time.monotonic() < deadline and pair[0].poll() is None:
+            if len(pair) == 1 and tasks_done(out) >= second_at:
+                pair.append(machine(many_files, tokenizer_path, out))
             time.sleep(0.002)
+        return pair
+
+    for at_least, second_at in ((1, 0), (10, 3), (22, 0), (30, 15), (45, 30), (70, 0), (100, 75)):
+        pair = pair_of(at_least, second_at)
         for process in pair:
             if victims := tree(process):
                 rng.choice(victims).send_signal(signal.SIGKILL)
         for process in pair:
             _, said = process.communicate(timeout=60)
             assert "Traceback" not in said or "OSError: a worker was ended by SIGKILL" in said, said
-    pair = [machine(many_files, tokenizer_path, out) for _ in range(2)]
-    for process in pair:
+    for process in pair_of(1000, tasks_done(out) + 5):
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
     assert files_of(out) == undisturbed
@@ -194,23 +201,6 @@ def test_a_full_disk_is_told_and_the_job_goes_on_when_there_is_room(
     prepare([corpus], tokenizer_path, out)
     prepare([corpus], tokenizer_path, tmp_path / "clean")
     assert files_of(out) == files_of(tmp_path / "clean")
-
-
-def test_a_death_right_after_the_manifest_leaves_nothing_behind(
-    corpus: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "d"
-
-    def die(self: WorkFolder) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(WorkFolder, "remove", die)
-        with pytest.raises(KeyboardInterrupt):
-            prepare([corpus], tokenizer_path, out)
-    assert WorkFolder(out).path.exists()
-    assert prepare([corpus], tokenizer_path, out) == Manifest.load(out)
-    assert not WorkFolder(out).path.exists()
 
 
 @pytest.mark.slow
