@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from data_pipeline.tokenizer_files import tokenizer_in
-
 
 @dataclass(frozen=True)
 class RunDir:
@@ -49,6 +47,8 @@ class RunDir:
 
     @property
     def tokenizer_path(self) -> Path:
+        from data_pipeline.tokenizer_files import tokenizer_in  # a watchdog has but the standard library
+
         return tokenizer_in(self.path)
 
     @property
