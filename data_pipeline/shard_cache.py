@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_pipeline.config import MIB
+from data_pipeline.file_locks import is_at, try_lock
 
 CHUNK_BYTES = 8 * MIB
 """Most bytes of an entry: large enough for the throughput of an object store, a multiple of the hash block."""
@@ -73,7 +74,7 @@ class ShardCache:
             lock = os.open(lock_path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not _is_at(lock, lock_path):
+                if not is_at(lock, lock_path):
                     continue  # who had it is done, and another file may have its name by now
                 try:
                     present = _open_shared(path)
@@ -90,7 +91,7 @@ class ShardCache:
     def _remove(self, path: Path, descriptor: int) -> None:
         """Remove a file, if it is still the one that is open at this descriptor."""
         with self._locked() as usage:
-            if _is_at(descriptor, path):
+            if is_at(descriptor, path):
                 used = self._usage(usage)
                 path.unlink()
                 _write_usage(usage, used - os.fstat(descriptor).st_size)
@@ -196,27 +197,16 @@ def _open_shared(path: Path) -> int | None:
 
 def _remove_unless_locked(path: Path) -> bool:
     try:
-        descriptor = os.open(path, os.O_RDWR)  # NFS locks a file exclusively only for who may write it
+        descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:  # a lock
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(descriptor, path):
+        if not try_lock(descriptor) or not is_at(descriptor, path):
             return False
         path.unlink()
         return True
-    except BlockingIOError:
-        return False
     finally:
         os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _write_usage(usage: int, used: int) -> None:

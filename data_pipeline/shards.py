@@ -63,6 +63,16 @@ class ShardInfo:
         return sizes
 
 
+def fault_of(folder: Path, shard: ShardInfo) -> str | None:
+    """Which file of a shard is not there in full, in words; None if all are. Looks at sizes only."""
+    for name, expected in shard.file_sizes().items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != expected:
+            return f"{path} is missing" if size is None else f"{path} has {size:,} bytes instead of {expected:,}"
+    return None
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrower of Megatron's types that holds every id: uint16 or int32, little-endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<i4")

@@ -13,6 +13,7 @@ from data_pipeline.preparation.job import Request, prepare_corpus
 from data_pipeline.preparation.made_of import REPORT_NAME
 from data_pipeline.preparation.workers import Progress
 from data_pipeline.remote import is_local
+from data_pipeline.shards import fault_of
 from launch.byte_progress import ByteProgress
 
 
@@ -58,15 +59,11 @@ def prepare_here(request: Request, workers: int | None) -> Manifest:
 def _check_files(folder: Path, manifest: Manifest) -> None:
     """Raise ValueError if a file of a finished folder is not there in full."""
     for shard in manifest.shards:
-        for name, expected in shard.file_sizes().items():
-            path = folder / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != expected:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(
-                    f"data folder {folder} was finished, but {name} {found} ({expected} expected): copy it again from "
-                    "where it was whole, or remove the folder and prepare it again"
-                )
+        if fault := fault_of(folder, shard):
+            raise ValueError(
+                f"data folder {folder} was finished, but {fault}: copy it again from where it was whole, or remove the "
+                "folder and prepare it again"
+            )
 
 
 def lost_inputs(folder: Path) -> list[str]:

@@ -50,10 +50,10 @@ def check_checkpoints_are_there(run: RunDir) -> None:
         )
 
 
-def check_data(config: RunConfig) -> dict[str, Any]:
-    """Open every manifest (which checks that the shards are there and whole) and that all agree with the model.
+def check_data(config: RunConfig) -> dict[str, Manifest]:
+    """Read every manifest, once, and check that it goes with its tokenizer, with the others and with the model.
 
-    Returns the fingerprints that the run records.
+    Returns them by path.
     """
     manifests = {}
     held_out = config.evaluation.sources if config.evaluation.every_steps else ()
@@ -80,7 +80,7 @@ def check_data(config: RunConfig) -> dict[str, Any]:
     _check_shares(config, {source.name: manifests[source.path].tokens for source in config.data.sources})
     if (shortage := cache_shortage(config.data, manifests)) is not None:
         print(f"steppe: {shortage}", file=sys.stderr)
-    return fingerprints(config, manifests)
+    return manifests
 
 
 def fingerprints(config: RunConfig, manifests: Mapping[str, Manifest]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ found. Imports no torch."""
 import fcntl
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,13 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.remote import is_local
 from data_pipeline.tokenizer_files import JSON_CONFIG_NAME, TOKENIZER_NAMES, TokenizerFiles
 from launch.named_file import named_file
-from launch.run_checks import check_checkpoints_are_there, check_data, check_same_data, with_checked_init
+from launch.run_checks import (
+    check_checkpoints_are_there,
+    check_data,
+    check_same_data,
+    fingerprints,
+    with_checked_init,
+)
 from pretrain.config import RunConfig
 from pretrain.ledger import check_order, state_on_record
 from pretrain.recipe import apply_overrides, check_unchanged, dump_config, load_config, validated
@@ -51,21 +57,22 @@ def checked_recipe(recipe: str, overrides: list[str], run: RunDir) -> RunConfig:
 @contextmanager
 def new_run(config: RunConfig, run: RunDir) -> Iterator[None]:
     """Make the run's folder, and hold its lock. Raises ValueError if there is one, or its data is not as it must be."""
-    data = check_data(config)
-    print(check_order(config, TrainState()), file=sys.stderr)
+    manifests = check_data(config)
+    data = fingerprints(config, manifests)
+    print(check_order(config, TrainState(), manifests), file=sys.stderr)
     config = with_checked_init(config, data["tokenizer"])
     run.path.mkdir(parents=True, exist_ok=True)
     with locked(run):
         check_new(run)  # once more: another may have been started at the same moment
         write_json(run.data_path, data)
-        _copy_tokenizer(config, run)
+        _copy_tokenizer(config, manifests, run)
         dump_config(config, run.config_path)  # last: with it, the folder is a run
         yield
 
 
-def _copy_tokenizer(config: RunConfig, run: RunDir) -> None:
+def _copy_tokenizer(config: RunConfig, manifests: Mapping[str, Manifest], run: RunDir) -> None:
     source = config.data.sources[0].path
-    TokenizerFiles.read(f"{source}/{Manifest.load(source).tokenizer_file}").write(run.path)
+    TokenizerFiles.read(f"{source}/{manifests[source].tokenizer_file}").write(run.path)
 
 
 def check_new(run: RunDir) -> None:
@@ -76,7 +83,8 @@ def check_new(run: RunDir) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What a resume changes of a run: {dotted key: (old value, new value)}, and the run's data.json."""
+    """What a resume changes of a run: {dotted key: (old value, new value)}, and the run's data.json, with the manifests
+    of its sources by path."""
 
     run: RunDir
     old: RunConfig
@@ -84,6 +92,7 @@ class Change:
     differences: dict[str, tuple[Any, Any]]
     known_data: dict[str, Any]
     data: dict[str, Any]
+    manifests: Mapping[str, Manifest]
 
     def make(self, say: bool = True) -> None:
         """Write it into the run's folder, on record. The run must be `locked`. say: in a line a key, on stderr."""
@@ -93,7 +102,7 @@ class Change:
             dump_config(self.new, self.run.config_path)
             self._record(self.differences)
         if self.data["tokenizer"] != self.known_data["tokenizer"]:
-            _copy_tokenizer(self.new, self.run)
+            _copy_tokenizer(self.new, self.manifests, self.run)
         write_json(self.run.data_path, self.data)
 
     def take_back(self) -> None:
@@ -135,13 +144,14 @@ def checked_change(run: RunDir, overrides: list[str], allowed: list[str]) -> Cha
     check_allowed(allowed)
     check_resume(differences, allowed)
     check_checkpoints_are_there(run)
-    data, known = check_data(new), read_json(run.data_path)
+    manifests = check_data(new)
+    data, known = fingerprints(new, manifests), read_json(run.data_path)
     check_same_data(known, data, allowed)
-    check_order(new, state_on_record(run))
+    check_order(new, state_on_record(run), manifests)
     # A source that is left out now may come back, and must then be what it was.
     data["manifests"] = known["manifests"] | data["manifests"]
     data["packs"] = known["packs"] | {name: known["packs"].get(name, {}) | bins for name, bins in data["packs"].items()}
-    return Change(run, old, new, differences, known, data)
+    return Change(run, old, new, differences, known, data, manifests)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

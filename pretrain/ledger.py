@@ -52,12 +52,12 @@ def state_on_record(run: RunDir) -> TrainState:
     return TrainState.from_state_dict(trainer)
 
 
-def check_order(config: RunConfig, state: TrainState) -> str:
+def check_order(config: RunConfig, state: TrainState, manifests: Mapping[str, Manifest]) -> str:
     """Raise ValueError if the sources cannot be read as the config says, or end before the run does.
 
-    Returns how often the run will have read each of them, in words.
+    manifests: of the sources, by path. Returns how often the run will have read each of them, in words.
     """
-    with closing(Ledger(config, state)) as ledger:
+    with closing(Ledger(config, state, manifests)) as ledger:
         end, last = ledger.end(), ledger.order.ends_at
         if last is not None and last < end.position:
             raise ValueError(
@@ -71,11 +71,14 @@ def check_order(config: RunConfig, state: TrainState) -> str:
 class Ledger:
     """Of one run. Opens its data folders; `close` it."""
 
-    def __init__(self, config: RunConfig, state: TrainState) -> None:
-        """Raises ValueError if a data folder is unusable, OSError if it cannot be read now."""
+    def __init__(self, config: RunConfig, state: TrainState, manifests: Mapping[str, Manifest]) -> None:
+        """manifests: of the run's sources, by path.
+
+        Raises ValueError if a data folder is unusable, OSError if it cannot be read now.
+        """
         self.config, self.state = config, state
         state.leave_out(config.skips.data)
-        self.manifests = manifests = {source.path: Manifest.load(source.path) for source in config.data.sources}
+        self.manifests = manifests
         self.source_tokens = {source.name: manifests[source.path].tokens for source in config.data.sources}
         # What lies elsewhere is kept only while it is looked at: the cache's disk is one of the nodes'.
         self._scratch = TemporaryDirectory(prefix="steppe-ledger-")
@@ -89,7 +92,9 @@ class Ledger:
     @classmethod
     def of_run(cls, run: RunDir) -> "Ledger":
         """As things stand: what is on record in the newest checkpoint, and what the config says of the rest."""
-        return cls(load_config(run.config_path), state_on_record(run))
+        config = load_config(run.config_path)
+        manifests = {source.path: Manifest.load(source.path) for source in config.data.sources}
+        return cls(config, state_on_record(run), manifests)
 
     def close(self) -> None:
         """Close the data folders."""

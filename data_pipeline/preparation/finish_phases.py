@@ -29,7 +29,7 @@ from data_pipeline.preparation.quarantine import join_quarantines
 from data_pipeline.preparation.read_phase import ReadPhase
 from data_pipeline.preparation.unit import UnitResult
 from data_pipeline.remote import shown
-from data_pipeline.shards import ShardInfo, sync_folder, write_atomically
+from data_pipeline.shards import ShardInfo, fault_of, sync_folder, write_atomically
 
 
 class PlacePhase(Phase):
@@ -85,14 +85,11 @@ class PlacePhase(Phase):
         return {}
 
     def _require(self, shard: ShardInfo) -> None:
-        for name, size in shard.file_sizes().items():
-            path = self.job.out / name
-            if not path.exists() or path.stat().st_size != size:
-                state = f"has {path.stat().st_size:,} bytes instead of {size:,}" if path.exists() else "is missing"
-                raise ValueError(
-                    f"{path} {state}, though it was written: a file system lost it, or somebody removed it; remove "
-                    f"{self.job.work.path} and start again"
-                )
+        if fault := fault_of(self.job.out, shard):
+            raise ValueError(
+                f"{fault}, though it was written: a file system lost it, or somebody removed it; remove "
+                f"{self.job.work.path} and start again"
+            )
 
 
 class PackPhase(Phase):

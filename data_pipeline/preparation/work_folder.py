@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.file_locks import is_at, try_lock
 from data_pipeline.preparation.plan import Plan
 from data_pipeline.preparation.quarantine import OWNER_ONLY
 from data_pipeline.shards import sync_folder, write_atomically
@@ -161,7 +162,7 @@ class WorkFolder:
             raise VanishedError from None
         with _closing(descriptor):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not _is_at(descriptor, path):
+            if not is_at(descriptor, path):
                 raise VanishedError
             yield
 
@@ -169,7 +170,7 @@ class WorkFolder:
     def alone(self) -> Iterator[bool]:
         """Whether no process works on the job; to be asked within `planning`."""
         with _closing(_opened(self.path / "running.lock")) as descriptor:
-            yield _locked(descriptor)
+            yield try_lock(descriptor)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -184,7 +185,7 @@ class WorkFolder:
         """Take a task, unless another process has it (then None). It is given back at the end, or by dying."""
         path = self._result_path(task)
         with _closing(_opened(path)) as descriptor:
-            yield Claim(path, descriptor, self.path / "done" / task) if _locked(descriptor) else None
+            yield Claim(path, descriptor, self.path / "done" / task) if try_lock(descriptor) else None
 
     def tasks_done(self) -> set[str]:
         """The names of all tasks that are done."""
@@ -209,22 +210,6 @@ def _closing(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of this name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def fresh_folder(path: Path) -> Path:

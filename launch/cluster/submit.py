@@ -12,7 +12,7 @@ from launch.cluster.profile import ClusterProfile, load_profile, time_limit_seco
 from launch.cluster.record import JobRecord, append_attempt
 from launch.cluster.script import check_folder, render
 from launch.cluster.slurm import Slurm, SlurmError, SlurmRefusedError
-from launch.run_checks import check_data, check_ranks, with_checked_init
+from launch.run_checks import check_data, check_ranks, fingerprints, with_checked_init
 from launch.run_folder import checked_recipe, new_run
 from pretrain.config import RunConfig
 from pretrain.recipe import load_config
@@ -86,7 +86,7 @@ def checked(recipe: str, overrides: list[str], run_dir: Path, record: JobRecord)
     config = checked_recipe(recipe, overrides, run)
     check_ranks(config, record.ranks)
     check_paths(record, config, run)
-    with_checked_init(config, check_data(config)["tokenizer"])
+    with_checked_init(config, fingerprints(config, check_data(config))["tokenizer"])
     return Submission(config, run, record)
 
 

@@ -123,12 +123,17 @@ def ranks_of(process: "subprocess.Popen[str]") -> list[psutil.Process]:
 
 @pytest.fixture
 def started(corpus: Corpus, tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A run of 12 steps on 2 ranks under way, past step 5, its ranks stopped (SIGSTOP) so that it stays there."""
+    """A run of 12 steps on 2 ranks under way, past step 5 and with a checkpoint, which a thread writes meanwhile; its
+    ranks are stopped (SIGSTOP) so that it stays there."""
     words = ("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *corpus.settings())
     process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, env=environment())
-    events = tmp_path / "run" / "events.jsonl"
+    events, checkpoints = tmp_path / "run" / "events.jsonl", tmp_path / "run" / "checkpoints"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (events.exists() and events.read_text().count('"step", ') >= 5):
+
+    def under_way() -> bool:
+        return events.exists() and events.read_text().count('"step", ') >= 5 and bool(list_checkpoints(checkpoints))
+
+    while time.monotonic() < deadline and not under_way():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         time.sleep(0.005)
     for rank in ranks_of(process):

@@ -112,7 +112,7 @@ def test_a_finished_folder_that_has_lost_a_file_is_not_called_finished(
     assert run(*words).exit_code == 0
     shard = out / "shard_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
-    for found in (f"has {shard.stat().st_size} bytes", "is missing"):
+    for found in (f"has {shard.stat().st_size:,} bytes", "is missing"):
         done = run(*words)
         assert isinstance(done.exception, ValueError)
         assert f"shard_00000.bin {found}" in str(done.exception)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest
 from data_pipeline.pack_files import plan_packing
 from pretrain.config import RunConfig
 from pretrain.data_plan import stage_at, timeline
@@ -55,6 +56,14 @@ def loaded(config: RunConfig, state: TrainState, tokens: dict[str, int], steps: 
     return found
 
 
+def manifests_of(config: RunConfig) -> dict[str, Manifest]:
+    return {source.path: Manifest.load(source.path) for source in config.data.sources}
+
+
+def ledger_of(config: RunConfig, state: TrainState) -> Ledger:
+    return Ledger(config, state, manifests_of(config))
+
+
 def told(ledger: Ledger, step: int) -> list[np.ndarray]:
     """The tokens of each sample of a step, by the ledger."""
     data = ledger.step(step)
@@ -75,7 +84,7 @@ CASES: dict[str, list[str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_is_told_as_it_is_read(case: str, folders: dict[str, Path]) -> None:
     config = config_of(folders, *CASES[case])
-    with closing(Ledger(config, TrainState())) as before:
+    with closing(ledger_of(config, TrainState())) as before:
         state = TrainState()
         state.leave_out(config.skips.data)
         read = loaded(config, state, before.source_tokens, STEPS)
@@ -84,7 +93,7 @@ def test_every_step_is_told_as_it_is_read(case: str, folders: dict[str, Path]) -
         half = TrainState()
         half.leave_out(config.skips.data)
         loaded(config, half, before.source_tokens, STEPS // 2)
-        with closing(Ledger(config, half)) as after:
+        with closing(ledger_of(config, half)) as after:
             check(after, read)
             assert after.consumed(after.place(STEPS)) == before.consumed(before.place(STEPS))
         counted = sum(source.tokens or 0 for source in before.consumed(state.place).values())
@@ -102,7 +111,7 @@ def check(ledger: Ledger, read: list[np.ndarray]) -> None:
 
 def test_ranges_that_are_told_late_leave_the_past_as_it_was(folders: dict[str, Path]) -> None:
     plain, late = config_of(folders), config_of(folders, "skips.data=[[6, 9], [30, 34], [70, 71]]")
-    with closing(Ledger(plain, TrainState())) as ledger:
+    with closing(ledger_of(plain, TrainState())) as ledger:
         tokens = ledger.source_tokens
     state = TrainState()
     read = loaded(plain, state, tokens, 4)  # up to position 32, in the middle of a range
@@ -110,7 +119,7 @@ def test_ranges_that_are_told_late_leave_the_past_as_it_was(folders: dict[str, P
     record = TrainState.from_state_dict(state.state_dict())
     read += loaded(late, state, tokens, 8)
     for known in (record, state):
-        with closing(Ledger(late, known)) as ledger:
+        with closing(ledger_of(late, known)) as ledger:
             check(ledger, read)
 
 
@@ -119,16 +128,16 @@ def test_the_end_is_that_of_the_schedule(unit: str, folders: dict[str, Path]) ->
     total: dict[str, Any] = {"steps": 20, "tokens": 5000}
     lengths = f"warmup_steps: null, total_steps: null, total_{unit}: {total[unit]}"
     config = config_of(folders, STAGES, f"schedule={{{lengths}}}")
-    with closing(Ledger(config, TrainState())) as ledger:
+    with closing(ledger_of(config, TrainState())) as ledger:
         end = ledger.end()
         assert (end.step if unit == "steps" else end.tokens) >= total[unit]
         assert ledger.place(end.step) == end
         assert ledger.place(end.step - 1).tokens < end.tokens
-    assert f"by step {end.step} the run will have read" in check_order(config, TrainState())
+    assert f"by step {end.step} the run will have read" in check_order(config, TrainState(), manifests_of(config))
 
 
 def test_a_cap_that_ends_the_data_is_found(folders: dict[str, Path]) -> None:
     capped = [{"name": name, "path": str(path), "max_epochs": 1} for name, path in folders.items()]
     config = config_of(folders, f"data.sources={capped}", "schedule.total_steps=100000")
     with pytest.raises(ValueError, match="max_epochs let the data end with sample .* in its 100,000 steps"):
-        check_order(config, TrainState())
+        check_order(config, TrainState(), manifests_of(config))
