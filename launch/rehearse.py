@@ -223,7 +223,7 @@ def check_done(outcome: Outcome) -> None:
 
 def score(run: RunDir) -> dict[str, Any]:
     """What `steppe eval` says of a run on a file that is always there."""
-    from pretrain.evaluate_job import EvaluationJob, run_job
+    from pretrain.evaluation.job import EvaluationJob, run_job
 
     return run_job(EvaluationJob(model=str(run.path), data={"library": str(library(SCORED_TEXT))}))
 

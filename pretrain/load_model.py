@@ -24,6 +24,7 @@ from pretrain.checkpoint.index import INDEX_NAME, DamagedError, OtherVersionErro
 from pretrain.checkpoint.read import CheckpointReader
 from pretrain.device import detect
 from pretrain.hf_folder import HuggingFaceFolder
+from pretrain.language_model import LanguageModel, OwnModel
 from pretrain.run_dir import RunDir
 
 DEFAULT_CONTEXT = 2048  # for a Hugging Face folder that states none
@@ -32,14 +33,13 @@ LONGEST_CONTEXT = 4096  # what a Hugging Face folder claims may be 131,072: more
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A decoder on this rank's device, its tokenizer, and where they come from.
+    """A model on this rank's device, its tokenizer, and where they come from.
 
     context_length: tokens that the model was trained to see at once. step: None for a Hugging Face folder.
     passed_over: newer checkpoints of the run that are damaged, and how.
     """
 
-    decoder: Decoder
-    config: ModelConfig
+    model: LanguageModel
     tokenizer: Tokenizer
     context_length: int
     name: str
@@ -102,7 +102,7 @@ def load_model(
     decoder.requires_grad_(False)
     decoder.to(detect()).eval()
     return LoadedModel(
-        decoder, found.config, loaded_tokenizer, found.context_length, str(target), found.step, found.passed_over
+        OwnModel(decoder), loaded_tokenizer, found.context_length, str(target), found.step, found.passed_over
     )
 
 

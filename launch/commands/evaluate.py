@@ -27,7 +27,7 @@ def evaluate(
     """Perplexity and bits per byte, by document: each token and EOS is scored exactly once, given BOS."""
     from launch.ranks import run_ranks
     from pretrain.device import check_device
-    from pretrain.evaluate_job import EvaluationJob, parse_domains, run_job, run_job_on_ranks, survey
+    from pretrain.evaluation.job import EvaluationJob, parse_domains, run_job, run_job_on_ranks, survey
 
     domains = parse_domains([*data, *(more_data or [])])
     job = EvaluationJob(

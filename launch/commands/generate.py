@@ -22,7 +22,7 @@ def generate(
 ) -> None:
     """Continue a prompt; prints the prompt and what the model writes after it."""
     text = _prompt(prompt, prompt_file)
-    from pretrain.generate import generate as write
+    from pretrain.generation.generate import generate as write
     from pretrain.load_model import load_model
 
     loaded = load_model(model, step, tokenizer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.ranks import run_ranks
-from pretrain.evaluate_job import EvaluationJob, run_job, run_job_on_ranks, survey
+from pretrain.evaluation.job import EvaluationJob, run_job, run_job_on_ranks, survey
 from tests.tiny_hf import TEXTS, tiny_hf_folder
 
 

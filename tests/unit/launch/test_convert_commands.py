@@ -44,7 +44,7 @@ def test_a_run_there_and_back(steppe: Steppe, corpus: Corpus, tmp_path: Path) ->
     for model in (run, there, back):
         loaded = load_model(model)
         assert loaded.tokenizer.fingerprint == Tokenizer(corpus.tokenizer).fingerprint
-        logits.append(loaded.decoder.logits(loaded.decoder.hidden(ids[:, :64])))
+        logits.append(loaded.model.decoder.logits(loaded.model.decoder.hidden(ids[:, :64])))
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[0], logits[2])
     theirs = AutoModelForCausalLM.from_pretrained(there)

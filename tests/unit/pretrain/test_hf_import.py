@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.config import ModelConfig
+from model.model.decoder.config import ModelConfig
 from pretrain.checkpoint.index import read_index
 from pretrain.checkpoint.read import read_weights
 from pretrain.hf_export import export
@@ -80,11 +80,11 @@ def test_what_it_is_good_for(tmp_path: Path) -> None:
     assert loaded.context_length == direct.context_length == summary["sequence_length"] == 96
     assert loaded.tokenizer.fingerprint == direct.tokenizer.fingerprint
     tokens = torch.randint(0, 400, (1, 50))
-    assert torch.equal(loaded.decoder.hidden(tokens), direct.decoder.hidden(tokens))
+    assert torch.equal(loaded.model.decoder.hidden(tokens), direct.model.decoder.hidden(tokens))
     model, start = summary["set"]
     assert start == f"init_from={tmp_path / 'ours'}"
     for base in ("model.preset=tiny-10m", "model.tie_embeddings=true", "model={qk_norm: true, rope_theta: 3}"):
-        assert load_config(RECIPE, [base, model]).model == direct.config
+        assert load_config(RECIPE, [base, model]).model == direct.model.decoder.config
 
 
 def test_the_line_for_a_new_run_says_everything() -> None:

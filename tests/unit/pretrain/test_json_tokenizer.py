@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_pipeline.tokenizer import Tokenizer
-from pretrain.generate import generate
+from pretrain.generation.generate import generate
 from pretrain.hf_export import export
 from pretrain.hf_import import import_model
 from pretrain.load_model import load_model

@@ -44,14 +44,14 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def test_a_run_is_its_newest_checkpoint(run: RunDir) -> None:
     model = load_model(run.path)
     assert (model.step, model.context_length, model.name) == (20, 48, str(run.path))
-    assert same(model.decoder.state_dict(), initial_weights(run, 20))
-    assert not any(parameter.requires_grad for parameter in model.decoder.parameters())
+    assert same(model.model.decoder.state_dict(), initial_weights(run, 20))
+    assert not any(parameter.requires_grad for parameter in model.model.decoder.parameters())
 
 
 def test_a_run_at_a_step(run: RunDir) -> None:
     model = load_model(run.path, step=10)
     assert model.step == 10
-    assert same(model.decoder.state_dict(), initial_weights(run, 10))
+    assert same(model.model.decoder.state_dict(), initial_weights(run, 10))
 
 
 def test_a_checkpoint_folder_takes_its_runs_tokenizer(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +90,7 @@ def test_a_hugging_face_folder_gives_transformers_logits(hf: Path) -> None:
     tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(hf)(tokens).logits
-        found = model.decoder.logits(model.decoder.hidden(tokens))
+        found = model.model.decoder.logits(model.model.decoder.hidden(tokens))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (model.step, model.context_length) == (None, 64)
 
@@ -104,7 +104,7 @@ def test_a_claimed_context_is_bounded(hf: Path, claimed: int | None, used: int) 
 
 
 def test_weights_take_the_asked_dtype(hf: Path) -> None:
-    assert {p.dtype for p in load_model(hf, dtype=torch.bfloat16).decoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(hf, dtype=torch.bfloat16).model.decoder.parameters()} == {torch.bfloat16}
 
 
 def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
@@ -112,8 +112,8 @@ def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
     run = write_run(tmp_path / "moe", moe=MOE)
     expected = initial_weights(run, 20)
     expected["layers.1.mlp.router.bias"] = torch.full((4,), 20.0)
-    assert same(load_model(run.path).decoder.state_dict(), expected)
-    rough = load_model(run.path, dtype=torch.bfloat16).decoder.state_dict()
+    assert same(load_model(run.path).model.decoder.state_dict(), expected)
+    rough = load_model(run.path, dtype=torch.bfloat16).model.decoder.state_dict()
     rounded = {name: tensor if ".router." in name else tensor.bfloat16() for name, tensor in expected.items()}
     assert same(rough, rounded)
     assert {name for name, tensor in rough.items() if tensor.dtype == torch.float32} == {
@@ -141,10 +141,10 @@ def test_a_folder_of_mixtral_gives_transformers_logits(hf: Path) -> None:
     theirs.save_pretrained(hf)
     model = load_model(hf)
     tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
-    found = model.decoder.logits(model.decoder.hidden(tokens))
+    found = model.model.decoder.logits(model.model.decoder.hidden(tokens))
     torch.testing.assert_close(found, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert model.config.moe is not None
-    rough = load_model(hf, dtype=torch.bfloat16).decoder
+    assert model.model.decoder.config.moe is not None
+    rough = load_model(hf, dtype=torch.bfloat16).model.decoder
     assert {p.dtype for name, p in rough.named_parameters() if ".router." in name} == {torch.float32}
     assert {p.dtype for name, p in rough.named_parameters() if ".router." not in name} == {torch.bfloat16}
     assert rough(tokens, tokens).total.isfinite()

@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pretrain.evaluate import Score
+from pretrain.evaluation.evaluate import Score
 
 PLAIN_SECONDS = 30.0
 

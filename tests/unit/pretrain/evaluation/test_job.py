@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.evaluate import Score
-from pretrain.evaluate_job import EvaluationJob, parse_domains, run_job, survey
-from pretrain.evaluate_progress import ProgressDisplay
+from pretrain.evaluation.evaluate import Score
+from pretrain.evaluation.job import EvaluationJob, parse_domains, run_job, survey
+from pretrain.evaluation.progress import ProgressDisplay
 from tests.tiny_hf import TEXTS, tiny_hf_folder
 
 

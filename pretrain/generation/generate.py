@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KVCache
+from pretrain.language_model import OwnModel
 from pretrain.load_model import LoadedModel
 
 
@@ -54,15 +55,17 @@ def continue_ids(
     model: LoadedModel, ids: Sequence[int], max_new_tokens: int, temperature: float = 0.0, seed: int = 0
 ) -> list[int]:
     """Token ids after `ids` (at least one), the EOS that ends them included."""
-    weight = next(model.decoder.parameters())
-    cache = KVCache(model.config, 1, len(ids) + max_new_tokens, weight.dtype, weight.device)
+    assert isinstance(model.model, OwnModel)
+    decoder = model.model.decoder
+    weight = decoder.embed_tokens.weight
+    cache = KVCache(decoder.config, 1, len(ids) + max_new_tokens, weight.dtype, weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
     unread = torch.tensor([list(ids)], device=weight.device)
     written: list[int] = []
     while len(written) < max_new_tokens and (not written or written[-1] != model.tokenizer.eos_id):
-        hidden_1TD = model.decoder.hidden(unread, cache=cache)
+        hidden_1TD = decoder.hidden(unread, cache=cache)
         # A model's vocabulary may be larger than its tokenizer's; what has no piece cannot be written.
-        logits_V = model.decoder.logits(hidden_1TD[0, -1])[: model.tokenizer.vocab_size]
+        logits_V = decoder.logits(hidden_1TD[0, -1])[: model.tokenizer.vocab_size]
         unread = _chosen(logits_V, temperature, generator).view(1, 1)
         written.append(int(unread))
     return written

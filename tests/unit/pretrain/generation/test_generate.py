@@ -7,7 +7,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pretrain.generate import continue_ids, generate
+from model.config import ModelConfig
+from pretrain.generation.generate import continue_ids, generate
+from pretrain.language_model import OwnModel
 from pretrain.load_model import LoadedModel, load_model
 from tests.tiny_hf import TEXTS, tiny_hf_folder, tokenizer_without
 
@@ -28,18 +30,18 @@ def model(folder: Path) -> LoadedModel:
 def without_cache(model: LoadedModel, ids: list[int], count: int) -> list[int]:
     written: list[int] = []
     for _ in range(count):
-        hidden = model.decoder.hidden(torch.tensor([[*ids, *written]]))
-        written.append(int(model.decoder.logits(hidden[0, -1]).argmax()))
+        hidden = model.model.decoder.hidden(torch.tensor([[*ids, *written]]))
+        written.append(int(model.model.decoder.logits(hidden[0, -1]).argmax()))
     return written
 
 
 class Scripted(torch.nn.Module):
     """A decoder that writes given tokens, whatever it reads: what matters here is what becomes of them."""
 
-    def __init__(self, tokens: list[int], vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, tokens: list[int]) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.logits_of = iter(torch.nn.functional.one_hot(torch.tensor(tokens), vocab_size).float())
+        self.config, self.embed_tokens = config, torch.nn.Embedding(1, 1)
+        self.logits_of = iter(torch.nn.functional.one_hot(torch.tensor(tokens), config.vocab_size).float())
 
     def hidden(self, tokens_BT: torch.Tensor, cache: object = None) -> torch.Tensor:
         return torch.zeros(*tokens_BT.shape, 1)
@@ -49,7 +51,7 @@ class Scripted(torch.nn.Module):
 
 
 def scripted(model: LoadedModel, tokens: list[int]) -> LoadedModel:
-    return replace(model, decoder=Scripted(tokens, model.tokenizer.vocab_size))  # type: ignore[arg-type]
+    return replace(model, model=OwnModel(Scripted(model.model.decoder.config, tokens)))  # type: ignore[arg-type]
 
 
 def test_greedy_equals_transformers(folder: Path, model: LoadedModel) -> None:
@@ -107,7 +109,7 @@ def test_a_seed_decides_the_draws(model: LoadedModel) -> None:
 def test_draws_follow_the_distribution(model: LoadedModel) -> None:
     ids = [1, *model.tokenizer.encode(PROMPT)]
     with torch.no_grad():
-        logits = model.decoder.logits(model.decoder.hidden(torch.tensor([ids]))[0, -1])
+        logits = model.model.decoder.logits(model.model.decoder.hidden(torch.tensor([ids]))[0, -1])
     expected = (logits / 2.0).softmax(-1)
     draws = torch.tensor([continue_ids(model, ids, 1, temperature=2.0, seed=seed)[0] for seed in range(1500)])
     frequency = torch.bincount(draws, minlength=len(expected)) / len(draws)

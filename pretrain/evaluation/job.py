@@ -17,8 +17,8 @@ from data_pipeline.corpus.reading import read_documents
 from data_pipeline.manifest import MANIFEST_NAME
 from pretrain.device import detect, init_process_group, new_cpu_group
 from pretrain.engine import DTYPES
-from pretrain.evaluate import Evaluation, Score, Windowing, score
-from pretrain.evaluate_progress import ProgressDisplay
+from pretrain.evaluation.evaluate import Evaluation, Score, Windowing, score
+from pretrain.evaluation.progress import ProgressDisplay
 from pretrain.load_model import LoadedModel, load_model
 from pretrain.run_dir import read_json, write_json
 
@@ -117,7 +117,7 @@ def _score_share(job: EvaluationJob, rank: int, world: int) -> _Share:
         raise ValueError(f"precision={job.precision}: an evaluation runs in {' or '.join(PRECISIONS)}")
     tokenizer = Path(job.tokenizer) if job.tokenizer else None
     model = load_model(Path(job.model), job.step, tokenizer, DTYPES[job.precision])
-    windowing = Windowing.of(model, job.window, job.stride, job.batch_tokens)
+    windowing = Windowing.of(model.context_length, job.window, job.stride, job.batch_tokens)
     domains = {name: documents_of(path, job.text_field) for name, path in job.data.items()}
     with ProgressDisplay(job.total_bytes, world, shown=rank == 0) as display:
         return _Share(model, windowing, score(model, domains, windowing, rank, world, display.update))
@@ -134,7 +134,7 @@ def _result(job: EvaluationJob, model: LoadedModel, evaluation: Evaluation) -> d
 
 
 def main() -> None:
-    """One of several ranks: `python -m pretrain.evaluate_job JOB.json RESULT.json`.
+    """One of several ranks: `python -m pretrain.evaluation.job JOB.json RESULT.json`.
 
     A user's mistake is a result, too: every rank brings its share or its error to one gathering, none leaves alone, and
     rank 0 writes {"result": ...} or {"error": ...}.
@@ -177,7 +177,7 @@ def run_job_on_ranks(job: EvaluationJob, nproc: int, start: Callable[[str, list[
     with tempfile.TemporaryDirectory(prefix="steppe-eval-") as scratch:
         job_path, result_path = Path(scratch) / "job.json", Path(scratch) / "result.json"
         write_json(job_path, asdict(job))
-        start("pretrain.evaluate_job", [str(job_path), str(result_path)], nproc)
+        start("pretrain.evaluation.job", [str(job_path), str(result_path)], nproc)
         verdict = read_json(result_path)
     if "error" in verdict:
         raise ValueError(verdict["error"])

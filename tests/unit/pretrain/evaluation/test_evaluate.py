@@ -15,7 +15,17 @@ from transformers import LlamaForCausalLM
 
 from data_pipeline.batch import IGNORED_TARGET
 from data_pipeline.corpus.document import Document
-from pretrain.evaluate import Evaluation, Score, Window, Windowing, deal, document_windows, evaluate, packed, score
+from pretrain.evaluation.evaluate import (
+    Evaluation,
+    Score,
+    Window,
+    Windowing,
+    deal,
+    document_windows,
+    evaluate,
+    packed,
+    score,
+)
 from pretrain.load_model import LoadedModel, load_model
 from tests.tiny_hf import TEXTS, tiny_hf_folder, tokenizer_without
 
@@ -56,7 +66,7 @@ def test_equals_transformers(folder: Path, model: LoadedModel, window: int, stri
     hf = LlamaForCausalLM.from_pretrained(folder)
     per_document = [plain_nats(hf, [1, *model.tokenizer.encode(text), 2], window, stride) for text in TEXTS]
     nats, tokens = (sum(column) for column in zip(*per_document, strict=True))
-    found = evaluate(model, {"all": documents(TEXTS)}, Windowing.of(model, window, stride)).as_dict()
+    found = evaluate(model, {"all": documents(TEXTS)}, Windowing.of(model.context_length, window, stride)).as_dict()
     assert found["tokens"] == tokens == sum(len(model.tokenizer.encode(text)) + 1 for text in TEXTS)
     assert found["bytes"] == sum(len(text.encode()) for text in TEXTS)
     assert found["documents"] == len(TEXTS)
@@ -68,8 +78,8 @@ def test_equals_transformers(folder: Path, model: LoadedModel, window: int, stri
 
 
 def test_defaults_are_the_training_length_side_by_side(model: LoadedModel) -> None:
-    assert Windowing.of(model) == Windowing(window=64, stride=64, batch_tokens=8192)
-    assert Windowing.of(model, window=100_000) == Windowing(100_000, 100_000, 100_000)
+    assert Windowing.of(model.context_length) == Windowing(window=64, stride=64, batch_tokens=8192)
+    assert Windowing.of(model.context_length, window=100_000) == Windowing(100_000, 100_000, 100_000)
 
 
 @pytest.mark.parametrize("batch_tokens", [32, 100, 1000])
@@ -95,7 +105,7 @@ def test_the_shares_of_ranks_add_up(model: LoadedModel, world: int) -> None:
 
 
 def test_domains_add_up_to_the_whole(model: LoadedModel) -> None:
-    windowing = Windowing.of(model, 32)
+    windowing = Windowing.of(model.context_length, 32)
     both = evaluate(model, {"a": documents(TEXTS[:1]), "b": documents(TEXTS[1:])}, windowing).as_dict()
     one = evaluate(model, {"all": documents(TEXTS)}, windowing).as_dict()
     assert both["loss"] == pytest.approx(one["loss"], rel=1e-6)
@@ -108,14 +118,16 @@ def test_domains_add_up_to_the_whole(model: LoadedModel) -> None:
 
 def test_bf16_is_near_fp32(folder: Path, model: LoadedModel) -> None:
     bf16 = load_model(folder, dtype=torch.bfloat16)
-    exact, rounded = (evaluate(each, {"a": documents(TEXTS)}, Windowing.of(model)).as_dict() for each in (model, bf16))
+    exact, rounded = (
+        evaluate(each, {"a": documents(TEXTS)}, Windowing.of(model.context_length)).as_dict() for each in (model, bf16)
+    )
     assert rounded["loss"] != exact["loss"]
     assert rounded["loss"] == pytest.approx(exact["loss"], rel=2e-2)
 
 
 def test_an_empty_document_is_an_eos(model: LoadedModel) -> None:
-    with_empty = evaluate(model, {"a": documents([TEXTS[0], ""])}, Windowing.of(model)).as_dict()
-    without = evaluate(model, {"a": documents([TEXTS[0]])}, Windowing.of(model)).as_dict()
+    with_empty = evaluate(model, {"a": documents([TEXTS[0], ""])}, Windowing.of(model.context_length)).as_dict()
+    without = evaluate(model, {"a": documents([TEXTS[0]])}, Windowing.of(model.context_length)).as_dict()
     assert with_empty["documents"] == 2
     assert with_empty["tokens"] == without["tokens"] + 1
     assert with_empty["bytes"] == without["bytes"]
@@ -123,7 +135,7 @@ def test_an_empty_document_is_an_eos(model: LoadedModel) -> None:
 
 def test_a_tokenizer_without_bos_starts_from_eos(folder: Path, model: LoadedModel, tmp_path: Path) -> None:
     other = replace(model, tokenizer=tokenizer_without(tmp_path / "t.model", bos_id=-1))
-    found = evaluate(other, {"a": documents(TEXTS)}, Windowing.of(model, 32)).as_dict()
+    found = evaluate(other, {"a": documents(TEXTS)}, Windowing.of(model.context_length, 32)).as_dict()
     eos = other.tokenizer.eos_id
     assert eos is not None
     hf = LlamaForCausalLM.from_pretrained(folder)
@@ -135,7 +147,7 @@ def test_a_tokenizer_without_bos_starts_from_eos(folder: Path, model: LoadedMode
 
 def test_a_tokenizer_without_eos_scores_none(model: LoadedModel, tmp_path: Path) -> None:
     other = replace(model, tokenizer=tokenizer_without(tmp_path / "t.model", eos_id=-1))
-    found = evaluate(other, {"a": documents([*TEXTS, ""])}, Windowing.of(model)).as_dict()
+    found = evaluate(other, {"a": documents([*TEXTS, ""])}, Windowing.of(model.context_length)).as_dict()
     assert (found["start_token"], found["eos_scored"]) == ("bos", False)
     assert found["tokens"] == sum(len(other.tokenizer.encode(text)) for text in TEXTS)
     assert found["documents"] == len(TEXTS) + 1
@@ -144,7 +156,7 @@ def test_a_tokenizer_without_eos_scores_none(model: LoadedModel, tmp_path: Path)
 def test_a_tokenizer_without_either_is_refused(model: LoadedModel, tmp_path: Path) -> None:
     other = replace(model, tokenizer=tokenizer_without(tmp_path / "t.model", bos_id=-1, eos_id=-1))
     with pytest.raises(ValueError, match="neither BOS nor EOS"):
-        evaluate(other, {"a": documents(TEXTS)}, Windowing.of(model))
+        evaluate(other, {"a": documents(TEXTS)}, Windowing.of(model.context_length))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +176,7 @@ def test_impossible_windows_are_refused(window: int, stride: int, batch_tokens: 
 @pytest.mark.parametrize("texts", [[], [""], ["", ""]])
 def test_a_domain_without_text_is_refused(model: LoadedModel, texts: list[str]) -> None:
     with pytest.raises(ValueError, match="empty: nothing to measure in .* 0 bytes"):
-        evaluate(model, {"full": documents(TEXTS), "empty": documents(texts)}, Windowing.of(model))
+        evaluate(model, {"full": documents(TEXTS), "empty": documents(texts)}, Windowing.of(model.context_length))
 
 
 def test_a_loss_that_is_not_finite_is_refused(model: LoadedModel) -> None:

@@ -19,95 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.batch import IGNORED_TARGET
 from data_pipeline.corpus.document import Document
+from pretrain.evaluation.score import Score
+from pretrain.evaluation.windows import Window, Windowing, document_windows, packed, padded
 from pretrain.load_model import LoadedModel
-
-POOLED_BATCHES = 16  # windows of about so many batches are sorted by length together: more pads less, and holds more
-DEFAULT_BATCH_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Windowing:
-    """How documents are cut, in targets, and how many tokens of them (padding included) go through the model at once.
-
-    Raises ValueError unless 1 <= stride <= window <= batch_tokens.
-    """
-
-    window: int
-    stride: int
-    batch_tokens: int
-
-    @classmethod
-    def of(
-        cls, model: LoadedModel, window: int | None = None, stride: int | None = None, batch_tokens: int | None = None
-    ) -> "Windowing":
-        """Fill in what is not given: the model's training length, windows side by side, a few windows a batch."""
-        window = model.context_length if window is None else window
-        stride = window if stride is None else stride
-        return cls(window, stride, max(window, DEFAULT_BATCH_TOKENS) if batch_tokens is None else batch_tokens)
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window={self.window}: a window holds at least one token")
-        if not 1 <= self.stride <= self.window:
-            raise ValueError(
-                f"stride={self.stride} must lie between 1 and window={self.window}: a longer one would skip tokens"
-            )
-        if self.batch_tokens < self.window:
-            raise ValueError(
-                f"batch_tokens={self.batch_tokens} does not hold one window={self.window}: raise it, or lower window"
-            )
-
-
-@dataclass(frozen=True)
-class Window:
-    """One row of a forward pass: inputs and targets `(T,)` int64; a target scored by an earlier window is -100.
-
-    text_bytes: its share of the raw UTF-8 bytes of its document; ends: it is the document's last window.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    domain: str = ""
-    text_bytes: int = 0
-    ends: bool = True
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Sums over some documents. `nats` is the negative log-likelihood of their `tokens` targets."""
-
-    nats: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    documents: int = 0
-
-    @classmethod
-    def sum(cls, scores: Sequence["Score"]) -> "Score":
-        return cls(
-            nats=math.fsum(score.nats for score in scores),
-            tokens=sum(score.tokens for score in scores),
-            bytes=sum(score.bytes for score in scores),
-            documents=sum(score.documents for score in scores),
-        )
-
-    def as_dict(self) -> dict[str, Any]:
-        """What is reported: loss, perplexity, bits_per_byte and the counts behind them."""
-        loss = self.nats / self.tokens
-        return {
-            "loss": loss,
-            "perplexity": float(np.exp(loss)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "documents": self.documents,
-        }
 
 
 @dataclass(frozen=True)
@@ -167,13 +84,13 @@ def score(
     longest document, never by the corpus. `on_progress` is told after each batch, without the nats, which stay on the
     device until the end.
     """
-    device = next(model.decoder.parameters()).device
+    device = model.model.device
     rows = {name: row for row, name in enumerate(domains)}
     nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
     counts = np.zeros((len(rows), 3), dtype=np.int64)  # tokens, bytes, documents
     for batch in packed(_windows(model, deal(domains, rank, world), windowing), windowing.batch_tokens):
         inputs_BT, targets_BT = (tensor.to(device) for tensor in padded(batch))
-        losses_BT = model.decoder.token_losses(inputs_BT, targets_BT)
+        losses_BT = model.model.token_losses(inputs_BT, targets_BT)
         nats.index_add_(0, torch.tensor([rows[row.domain] for row in batch], device=device), losses_BT.double().sum(1))
         for row in batch:
             counts[rows[row.domain]] += (row.targets != IGNORED_TARGET).sum(), row.text_bytes, row.ends
@@ -212,55 +129,3 @@ def _windows(model: LoadedModel, documents: Iterable[tuple[str, Document]], wind
         ids = model.tokenizer.encode_batch([document.text])[0]
         text_bytes = len(document.text.encode("utf-8"))
         yield from document_windows(ids, start, model.tokenizer.eos_id, windowing, name, text_bytes)
-
-
-def document_windows(
-    ids: np.ndarray, start: int, eos: int | None, windowing: Windowing, domain: str = "", text_bytes: int = 0
-) -> Iterator[Window]:
-    """The windows of one document of token ids `(n,)`, at least one; over all of them each target counts once."""
-    sequence = np.concatenate([[start], ids, [] if eos is None else [eos]]).astype(np.int64)
-    inputs, targets = sequence[:-1], sequence[1:]
-    begin = scored = told_bytes = 0
-    while True:
-        end = min(begin + windowing.window, len(targets))
-        counted = targets[begin:end].copy()
-        counted[: scored - begin] = IGNORED_TARGET
-        last = end == len(targets)
-        share_bytes = text_bytes - told_bytes if last else text_bytes * (end - scored) // len(targets)
-        yield Window(inputs[begin:end], counted, domain, share_bytes, last)
-        if last:
-            return
-        begin, scored, told_bytes = begin + windowing.stride, end, told_bytes + share_bytes
-
-
-def packed(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Batches of windows of similar length whose number times the longest is at most `batch_tokens`."""
-    pool: list[Window] = []
-    pooled_tokens = 0
-    for window in windows:
-        pool.append(window)
-        pooled_tokens += max(1, len(window))
-        if pooled_tokens >= POOLED_BATCHES * batch_tokens:
-            yield from _cut(pool, batch_tokens)
-            pool, pooled_tokens = [], 0
-    yield from _cut(pool, batch_tokens)
-
-
-def _cut(pool: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Longest first: the first row of a batch is its longest, and too large a batch shows at once, not hours later."""
-    pool = sorted(pool, key=len, reverse=True)
-    while pool:
-        rows = batch_tokens // max(1, len(pool[0]))
-        yield pool[:rows]
-        pool = pool[rows:]
-
-
-def padded(batch: list[Window]) -> tuple[Tensor, Tensor]:
-    """Inputs and targets `(B, T)`, padded on the right with token 0 and target -100; causality hides the padding."""
-    width = max(1, *(len(row) for row in batch))  # 1: an empty document without EOS has no target, yet is counted
-    inputs_BT = torch.zeros(len(batch), width, dtype=torch.int64)
-    targets_BT = torch.full((len(batch), width), IGNORED_TARGET, dtype=torch.int64)
-    for at, row in enumerate(batch):
-        inputs_BT[at, : len(row)] = torch.from_numpy(row.inputs)
-        targets_BT[at, : len(row)] = torch.from_numpy(row.targets)
-    return inputs_BT, targets_BT

@@ -1,0 +1,121 @@
+"""How a document is read: windows of its tokens, and batches of windows of like length. Pure.
+
+A document's targets are its tokens t1 .. tn and the EOS that ends it; its inputs are the start token and t1 .. tn. A
+document that is longer than the window W is read through windows that begin every S targets (the stride): each counts
+only the targets that no earlier window has scored, so S < W gives every later token at least W - S tokens of context.
+Shapes: B windows of a batch, T the longest of them.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.batch import IGNORED_TARGET
+
+POOLED_BATCHES = 16  # windows of about so many batches are sorted by length together: more pads less, and holds more
+DEFAULT_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Windowing:
+    """How documents are cut, in targets, and how many tokens of them (padding included) go through the model at once.
+
+    Raises ValueError unless 1 <= stride <= window <= batch_tokens.
+    """
+
+    window: int
+    stride: int
+    batch_tokens: int
+
+    @classmethod
+    def of(
+        cls, context_length: int, window: int | None = None, stride: int | None = None, batch_tokens: int | None = None
+    ) -> "Windowing":
+        """Fill in what is not given: the model's training length, windows side by side, a few windows a batch."""
+        window = context_length if window is None else window
+        stride = window if stride is None else stride
+        return cls(window, stride, max(window, DEFAULT_BATCH_TOKENS) if batch_tokens is None else batch_tokens)
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: a window holds at least one token")
+        if not 1 <= self.stride <= self.window:
+            raise ValueError(
+                f"stride={self.stride} must lie between 1 and window={self.window}: a longer one would skip tokens"
+            )
+        if self.batch_tokens < self.window:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} does not hold one window={self.window}: raise it, or lower window"
+            )
+
+
+@dataclass(frozen=True)
+class Window:
+    """One row of a forward pass: inputs and targets `(T,)` int64; a target scored by an earlier window is -100.
+
+    text_bytes: its share of the raw UTF-8 bytes of its document; ends: it is the document's last window.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    domain: str = ""
+    text_bytes: int = 0
+    ends: bool = True
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
+def document_windows(
+    ids: np.ndarray, start: int, eos: int | None, windowing: Windowing, domain: str = "", text_bytes: int = 0
+) -> Iterator[Window]:
+    """The windows of one document of token ids `(n,)`, at least one; over all of them each target counts once."""
+    sequence = np.concatenate([[start], ids, [] if eos is None else [eos]]).astype(np.int64)
+    inputs, targets = sequence[:-1], sequence[1:]
+    begin = scored = told_bytes = 0
+    while True:
+        end = min(begin + windowing.window, len(targets))
+        counted = targets[begin:end].copy()
+        counted[: scored - begin] = IGNORED_TARGET
+        last = end == len(targets)
+        share_bytes = text_bytes - told_bytes if last else text_bytes * (end - scored) // len(targets)
+        yield Window(inputs[begin:end], counted, domain, share_bytes, last)
+        if last:
+            return
+        begin, scored, told_bytes = begin + windowing.stride, end, told_bytes + share_bytes
+
+
+def packed(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Batches of windows of similar length whose number times the longest is at most `batch_tokens`."""
+    pool: list[Window] = []
+    pooled_tokens = 0
+    for window in windows:
+        pool.append(window)
+        pooled_tokens += max(1, len(window))
+        if pooled_tokens >= POOLED_BATCHES * batch_tokens:
+            yield from _cut(pool, batch_tokens)
+            pool, pooled_tokens = [], 0
+    yield from _cut(pool, batch_tokens)
+
+
+def _cut(pool: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Longest first: the first row of a batch is its longest, and too large a batch shows at once, not hours later."""
+    pool = sorted(pool, key=len, reverse=True)
+    while pool:
+        rows = batch_tokens // max(1, len(pool[0]))
+        yield pool[:rows]
+        pool = pool[rows:]
+
+
+def padded(batch: list[Window]) -> tuple[Tensor, Tensor]:
+    """Inputs and targets `(B, T)`, padded on the right with token 0 and target -100; causality hides the padding."""
+    width = max(1, *(len(row) for row in batch))  # 1: an empty document without EOS has no target, yet is counted
+    inputs_BT = torch.zeros(len(batch), width, dtype=torch.int64)
+    targets_BT = torch.full((len(batch), width), IGNORED_TARGET, dtype=torch.int64)
+    for at, row in enumerate(batch):
+        inputs_BT[at, : len(row)] = torch.from_numpy(row.inputs)
+        targets_BT[at, : len(row)] = torch.from_numpy(row.targets)
+    return inputs_BT, targets_BT
