@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.model.decoder.config import ModelConfig
+from model.config import ModelConfig
 from pretrain.checkpoint.index import read_index
 from pretrain.checkpoint.read import read_weights
 from pretrain.hf_export import export
