@@ -1,4 +1,4 @@
-"""Which documents a run of tokens is made of, and where they came from."""
+"""The documents of a data folder: all of them in turn, or those that a run of tokens is made of and their origins."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,11 @@ import numpy as np
 from data_pipeline.origins import ORIGIN_DTYPE, ORIGINS_NAME, OriginFile, parse_origin_files
 from data_pipeline.shards import parse_index
 from data_pipeline.token_source import TokenSource
+
+READ_TOKENS = 1 << 20
+"""Of documents in turn, read at once."""
+AHEAD_TOKENS = 8 * READ_TOKENS
+"""Fetched ahead of them, from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,29 @@ class Documents:
             document = int(self._first_document[shard]) + number
             yield DocumentPart(document, in_shard - begin, tokens[:here], end - begin, file, index)
             start, tokens = start + here, tokens[here:]
+
+    def in_order(self) -> Iterator[np.ndarray]:
+        """All documents in turn, each as its tokens `(n,)` in the manifest's dtype, with BOS and EOS.
+
+        Memory holds `READ_TOKENS`, or a document that is longer, of which these are views.
+
+        Raises:
+            ValueError: what is read of the folder is damaged.
+            OSError: it cannot be had now.
+        """
+        for shard, first_token in enumerate(self._first_token[:-1].tolist()):
+            starts = self._starts(shard)
+            number, documents = 0, len(starts) - 1
+            while number < documents:
+                end = int(np.searchsorted(starts, starts[number] + READ_TOKENS, side="right")) - 1
+                end = max(end, number + 1)
+                begin_token, tokens = first_token + int(starts[number]), int(starts[end] - starts[number])
+                ahead = min(AHEAD_TOKENS, self._source.tokens - begin_token)
+                if ahead:
+                    self._source.prefetch(np.array([begin_token]), np.array([ahead]))
+                run = self._source.read_tokens(begin_token, tokens)
+                yield from np.split(run, starts[number + 1 : end] - starts[number])
+                number = end
 
     def _read_starts(self, shard: int) -> np.ndarray:
         """First token of each document of a shard, within it, and at last the shard's tokens: int64 `(n + 1,)`."""

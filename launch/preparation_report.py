@@ -15,12 +15,10 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.preparation.counts import RATIO_WIDTH, Counts, InputCounts, Tally
 from data_pipeline.preparation.made_of import REPORT_NAME
 from launch.report import page
-from launch.report_plots import COLOURS, colour_of, drawing, svg
+from launch.report_plots import COLOURS, colours_of, drawing, svg
 from pretrain.run_dir import write_durably
 
 PAGE_NAME = "report.html"
-MOST_DRAWN = 9
-"""Inputs that a histogram tells apart; the others are one colour."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class PreparationReport:
             title=self.folder.resolve().name,
             manifest=self.manifest,
             inputs=[(name, counts) for name, counts in self.counts.inputs.items()],
-            colours=dict(self._colours()),
+            colours=self._colours(),
             total=total,
             rules=self.rules(),
             sets=self.sets(),
@@ -128,9 +126,8 @@ class PreparationReport:
             table.add_row(name, *(f"{number:,}" for number in numbers))
         return table
 
-    def _colours(self) -> list[tuple[str, str]]:
-        names = list(self.counts.inputs)
-        return [(name, colour_of(i, "c0") if i < MOST_DRAWN else "faint") for i, name in enumerate(names)]
+    def _colours(self) -> dict[str, str]:
+        return colours_of(self.counts.inputs)
 
     def _lengths_plot(self) -> str:
         total = self.counts.total.lengths
@@ -154,7 +151,7 @@ class PreparationReport:
     def _bars(self, axes: Axes, histogram: str, bins: np.ndarray) -> None:
         """A stack of the inputs in each bin."""
         below = np.zeros(len(bins))
-        for name, colour in self._colours():
+        for name, colour in self._colours().items():
             height = np.array(getattr(self.counts.inputs[name], histogram))[bins]
             axes.bar(bins, height, width=0.92, bottom=below, color=COLOURS[colour], linewidth=0)
             below += height

@@ -165,8 +165,8 @@ class Rehearsal:
     def resume(self) -> str:
         check_done(resume(self.run_dir.path, [], [], self.ranks, None))
         events = read_events(self.run_dir.events_path, "step")
-        held_out = read_events(self.run_dir.events_path, "evaluation")[-1]["losses"]
-        losses = ", ".join(f"{loss:.4f} on {name}" for name, loss in held_out.items())
+        held_out = read_events(self.run_dir.events_path, "evaluation")[-1]["by_source"]
+        losses = ", ".join(f"{measures['loss']:.4f} on {name}" for name, measures in held_out.items())
         return f"from the checkpoint to step {events[-1]['step']}, loss {events[-1]['loss']:.4f}; validation {losses}"
 
     def evaluate(self) -> str:
@@ -223,15 +223,21 @@ def check_done(outcome: Outcome) -> None:
 
 def score(run: RunDir) -> dict[str, Any]:
     """What `steppe eval` says of a run on a file that is always there."""
-    from pretrain.evaluation.job import EvaluationJob, run_job
+    from pretrain.evaluation.job import EvaluationJob, evaluate_job
+    from pretrain.evaluation.result import result
+    from pretrain.evaluation.texts import texts_config
 
-    return run_job(EvaluationJob(model=str(run.path), data={"library": str(library(SCORED_TEXT))}))
+    texts = texts_config([f"library={library(SCORED_TEXT)}"])
+    with tempfile.TemporaryDirectory(prefix="steppe-eval-") as folder:
+        evaluate_job(EvaluationJob(str(run.path), texts), Path(folder))
+        return result(Path(folder))
 
 
 def figures(run: RunDir) -> dict[str, list[float]]:
     """The losses of a run's steps and validations, and the gradient norms of its steps."""
     steps = read_events(run.events_path, "step")
-    validations = [loss for event in read_events(run.events_path, "evaluation") for loss in event["losses"].values()]
+    events = read_events(run.events_path, "evaluation")
+    validations = [measures["loss"] for event in events for measures in event["by_source"].values()]
     return {
         "losses": [event["loss"] for event in steps] + validations,
         "gradient norms": [event["grad_norm"] for event in steps],

@@ -18,6 +18,7 @@ from launch.cluster.sweep_status import WatchedSweep
 from launch.curves import StepCurves, smoothing_window
 from launch.goodput import ACCOUNTS, Phase
 from launch.status_view import duration
+from pretrain.progress import validation_in_words
 from pretrain.run_dir import read_json
 
 TEMPLATES = Path(__file__).parent
@@ -60,10 +61,10 @@ class Told:
                 self._back_to(event["to_step"])
                 self.marks.rewinds.append((event["step"], event["to_step"]))
             case "evaluation":
-                for source, loss in event["losses"].items():
+                for source, measures in event["by_source"].items():
                     steps, losses = self.validation.setdefault(source, ([], []))
                     steps.append(event["step"])
-                    losses.append(loss)
+                    losses.append(measures["loss"])
             case "stage":
                 self.stages.append(event)
             case "checkpoint":
@@ -168,7 +169,7 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
     if status.loss is not None:
         facts.append(("loss", f"{status.loss:.4f} nats a token"))
     if status.validation is not None:
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation["losses"].items())
+        told = validation_in_words(status.validation["by_source"])
         facts.append((f"validation at step {status.validation['step']:,}", told))
     if status.goodput is not None:
         facts.append(("goodput", f"{status.goodput.in_words()}; of {duration(status.goodput.wall_seconds)}"))

@@ -6,7 +6,7 @@ replaced by a variable of the page's style sheet.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ COLOURS = {
     "stopped": "#c0c0c7",
 }
 SERIES = tuple(f"c{i}" for i in range(10))
+REST = "faint"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "steppe",
@@ -215,6 +216,11 @@ def expert_load(pairs: dict[str, list[int]]) -> str:
 def colour_of(index: int, first: str = "c0") -> str:
     """The variable of the page's style sheet that the index-th curve has."""
     return SERIES[(SERIES.index(first) + index) % len(SERIES)]
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each of some series that a plot tells apart; after the first ten they share one."""
+    return {name: colour_of(i) if i < len(SERIES) else REST for i, name in enumerate(names)}
 
 
 def _cycle(first: str) -> Iterator[str]:

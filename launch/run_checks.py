@@ -135,7 +135,7 @@ def with_checked_init(config: RunConfig, tokenizer: str) -> RunConfig:
     if config.init_from is None:
         return config
     from pretrain.checkpoint.index import read_index
-    from pretrain.load_model import checkpoint_of
+    from pretrain.choose_checkpoint import checkpoint_of
 
     problems: list[Exception] = []
     try:

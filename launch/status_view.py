@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.cluster.status import RunStatus
+from pretrain.progress import validation_in_words
 
 COLOURS = {
     **dict.fromkeys(("training", "done"), "green"),
@@ -33,7 +34,7 @@ def run_view(status: RunStatus) -> RenderableType:
     if status.state in ("training", "stopping"):
         facts.add_row("", ProgressBar(total=1.0, completed=_done(status), width=60))
     if status.validation is not None:
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in status.validation["losses"].items())
+        told = validation_in_words(status.validation["by_source"])
         facts.add_row("validation", Text(f"step {status.validation['step']:,}: {told}"))
     if status.checkpoint is not None:
         age = duration(status.checkpoint["age_seconds"])

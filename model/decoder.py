@@ -10,7 +10,7 @@ from torch.nn import functional
 from model.attention import Attention
 from model.config import ModelConfig, has_experts, padded_vocab_size
 from model.kv_cache import KVCache, LayerCache
-from model.loss import WHOLE, LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+from model.loss import IGNORED_TARGET, WHOLE, LossSums, linear_cross_entropy, linear_cross_entropy_tokens
 from model.mlp import MLP
 from model.moe import MoE
 from model.rope import RotaryTables
@@ -64,11 +64,13 @@ class Head(nn.Module):
             hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size, z_loss, part=self.part
         )
 
-    def token_losses(self, hidden_BTD: Tensor, targets_BT: Tensor, tied_weight: Tensor | None = None) -> Tensor:
-        """Negative log-likelihood of each target, (B, T) fp32."""
-        weight = self._weight(tied_weight)
-        nll_N = linear_cross_entropy_tokens(hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size)
-        return nll_N.view_as(targets_BT)
+    def token_losses(
+        self, hidden_BTD: Tensor, targets_BT: Tensor, counted_N: Tensor, tied_weight: Tensor | None = None
+    ) -> Tensor:
+        """Negative log-likelihood of each target, (B, T) fp32, 0 but at the `counted_N`: their places in B x T."""
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1)[counted_N], targets_BT.flatten()[counted_N]
+        nll_N = linear_cross_entropy_tokens(hidden_ND, self._weight(tied_weight), targets_N, self.vocab_size)
+        return nll_N.new_zeros(targets_BT.numel()).index_copy_(0, counted_N, nll_N).view_as(targets_BT)
 
     def logits(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
         """(..., D) -> (..., V) fp32, without the padding."""
@@ -100,8 +102,8 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None = None,
         z_loss: float = 0.0,
     ) -> LossSums:
-        """The objective of training and validation: sums over the valid targets (-100 does not count), not means; and
-        the routers' losses summed over layers and sequences.
+        """The objective of training and validation: sums over the valid targets (-100 does not count), not means; and,
+        in training mode, the routers' losses summed over layers and sequences.
 
         positions_BT: default 0 .. T-1. document_ids_BT: used if the config has `document_mask`.
         """
@@ -117,7 +119,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, D).
 
-        cache: holds the tokens before these; positions then go on from its length, and it grows by T.
+        cache: holds the tokens before these and knows the positions of these; it grows by T.
         """
         return self._hidden(tokens_BT, positions_BT, document_ids_BT, cache)[0]
 
@@ -134,8 +136,10 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Negative log-likelihood (nats) of each target, (B, T) fp32, 0 where it is -100; without gradient."""
         with torch.no_grad():
+            # Only these need logits. Looked up first: on a GPU it waits, and later it would for all of the layers.
+            counted_N = (targets_BT.flatten() != IGNORED_TARGET).nonzero()[:, 0]
             hidden_BTD = self.hidden(tokens_BT, positions_BT, document_ids_BT)
-            return self.lm_head.token_losses(hidden_BTD, targets_BT, self._tied_weight())
+            return self.lm_head.token_losses(hidden_BTD, targets_BT, counted_N, self._tied_weight())
 
     def _hidden(
         self,
@@ -145,10 +149,13 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `hidden`, with the sum of the layers' auxiliary losses."""
-        T, past = tokens_BT.size(1), 0 if cache is None else cache.length
-        if positions_BT is None:
-            positions_BT = torch.arange(past, past + T, device=tokens_BT.device)
-        mask = self._mask(T, past, document_ids_BT, tokens_BT.device)
+        T = tokens_BT.size(1)
+        if cache is not None:
+            assert positions_BT is document_ids_BT is None, "a cache continues one document a row"
+            positions_BT, mask = cache.positions(T), cache.mask(T)
+        else:
+            positions_BT = torch.arange(T, device=tokens_BT.device) if positions_BT is None else positions_BT
+            mask = self._mask(document_ids_BT)
         cos, sin = self.rotary(positions_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         auxiliary = x_BTD.new_zeros((), dtype=torch.float32)
@@ -160,12 +167,9 @@ class Decoder(nn.Module):
     def _tied_weight(self) -> Tensor | None:
         return self.embed_tokens.weight if self.config.tie_embeddings else None
 
-    def _mask(self, T: int, past: int, document_ids_BT: Tensor | None, device: torch.device) -> Tensor | None:
-        """(B or 1, 1, T, past + T) bool, or None where plain causal attention (or none, for one token) says it all."""
-        if self.config.document_mask and document_ids_BT is not None:
-            assert past == 0, "a cache continues one document"
-            same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-            return same_BTT.tril()[:, None]
-        if past == 0 or T == 1:
+    def _mask(self, document_ids_BT: Tensor | None) -> Tensor | None:
+        """(B, 1, T, T) bool, or None where plain causal attention says it all."""
+        if not self.config.document_mask or document_ids_BT is None:
             return None
-        return torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past)[None, None]
+        same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+        return same_BTT.tril()[:, None]

@@ -1,4 +1,9 @@
-"""Keys and values of the tokens already read, for decoding one token at a time."""
+"""Keys and values of the tokens already read, for decoding one token at a time.
+
+B batch, T new tokens, S tokens so far, K key and value heads, h head size.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,11 +26,17 @@ class LayerCache:
         self.value[:, :, start : self.length] = value_BTKh.transpose(1, 2)
         return self.key[:, :, : self.length].transpose(1, 2), self.value[:, :, : self.length].transpose(1, 2)
 
+    def select(self, rows: Tensor, first: int) -> None:
+        """Hold these rows, and of each what is stored from `first` on."""
+        self.key, self.value = (_selected(stored, rows, first, self.length) for stored in (self.key, self.value))
+        self.length -= first
+
 
 class KVCache:
     """Preallocated keys and values of every layer: 2 L B K max_tokens h elements.
 
-    All rows of the batch have the same length: give `Decoder.hidden` the new tokens only.
+    All rows hold equally many tokens, the first `padding[row]` of which are padding on the left: no token sees those,
+    and positions count from the first that is none. Give `Decoder.hidden` the new tokens only.
     """
 
     def __init__(
@@ -35,15 +46,68 @@ class KVCache:
         max_tokens: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        padding: Sequence[int] | None = None,
     ) -> None:
+        """padding: of each row, default 0."""
         shape = (batch_size, config.num_kv_heads, max_tokens, config.head_size)
+        self.padding = [0] * batch_size if padding is None else list(padding)
+        assert len(self.padding) == batch_size, f"padding of {len(self.padding)} rows, there are {batch_size}"
         self.max_tokens = max_tokens
+        self.device = torch.device(device)
         self.layers = [
             LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
             for _ in range(config.num_layers)
         ]
+        self._first_B = self._padding_tensor()
 
     @property
     def length(self) -> int:
-        """Tokens read so far."""
+        """Tokens of a row read so far, its padding included."""
         return self.layers[-1].length
+
+    def positions(self, T: int) -> Tensor:
+        """Positions of the next T tokens: (T,) if they are those of every row, else (B, T), 0 for padding."""
+        slots_T = torch.arange(self.length, self.length + T, device=self.device)
+        return slots_T if self._first_B is None else (slots_T - self._first_B[:, None]).clamp(min=0)
+
+    def mask(self, T: int) -> Tensor | None:
+        """Which of the tokens so far and the next T each of these sees, (B or 1, 1, T, S) bool; None where plain
+        causal attention (or none, for one token) says it all.
+
+        Padding sees the padding before it, so that no softmax is over nothing: kernels differ in what they make of
+        that, and a NaN in a key or value would reach every token by a weight of 0.
+        """
+        past = self.length
+        if self._first_B is None and (past == 0 or T == 1):
+            return None
+        causal_TS = torch.ones(T, past + T, dtype=torch.bool, device=self.device).tril(past)
+        if self._first_B is None:
+            return causal_TS[None, None]
+        slots_S = torch.arange(past + T, device=self.device)
+        is_text_BS = slots_S >= self._first_B[:, None]
+        seen_BTS = causal_TS & (is_text_BS[:, None, :] | ~is_text_BS[:, past:, None])
+        return seen_BTS[:, None]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Hold these rows from now on, in this order; a row may be named several times, or not at all.
+
+        Padding that all of them begin with is dropped. One layer at a time is copied, unless nothing changes.
+        """
+        if list(rows) == list(range(len(self.padding))):
+            return
+        kept = [self.padding[row] for row in rows]
+        first = min(kept)
+        rows_B = torch.tensor(rows, device=self.device)
+        for layer in self.layers:
+            layer.select(rows_B, first)
+        self.padding = [padding - first for padding in kept]
+        self._first_B = self._padding_tensor()
+
+    def _padding_tensor(self) -> Tensor | None:
+        return torch.tensor(self.padding, device=self.device) if any(self.padding) else None
+
+
+def _selected(stored_BKSh: Tensor, rows: Tensor, first: int, length: int) -> Tensor:
+    selected_BKSh = stored_BKSh.new_empty((len(rows), *stored_BKSh.shape[1:]))
+    selected_BKSh[:, :, : length - first] = stored_BKSh[rows, :, first:length]
+    return selected_BKSh

@@ -63,7 +63,7 @@ class MoE(nn.Module):
         self.register_buffer("load_E", torch.zeros(self.moe.experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, D) -> y (B, T, D), and the losses of the router, see `auxiliary_loss`."""
+        """x (B, T, D) -> y (B, T, D), and the losses of the router, see `auxiliary_loss`; 0 where it does not train."""
         routing = self.router(x_BTD)
         counts_BE = count_pairs(routing.experts, self.moe.experts)
         counts_E = counts_BE.sum(dim=0)
@@ -78,6 +78,8 @@ class MoE(nn.Module):
         y_BTD = _CountInBackward.apply(y_BTD, self.load_E, counts_E)
         if self.shared_experts is not None:
             y_BTD = y_BTD + self.shared_experts(x_BTD)
+        if not self.training:
+            return y_BTD, y_BTD.new_zeros((), dtype=torch.float32)
         return y_BTD, auxiliary_loss(routing, counts_BE, self.moe, self.sum_over_sequence)
 
     def take_load(self) -> Tensor:

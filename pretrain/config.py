@@ -196,7 +196,10 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation in the loop, every so many optimizer steps (0: never), on at most `windows` windows of each source."""
+    """Validation in the loop, every so many optimizer steps (0: never).
+
+    windows: times data.sequence_length, how many targets of each source are scored: those of its first documents.
+    """
 
     every_steps: int = Field(default=0, ge=0)
     sources: tuple[SourceConfig, ...] = ()

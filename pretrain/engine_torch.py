@@ -85,7 +85,10 @@ class TorchEngine:
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:
         """See Engine."""
-        return self.decoder(**decoder_inputs(batch, self.device)).nll
+        self.decoder.eval()
+        nll = self.decoder(**decoder_inputs(batch, self.device)).nll
+        self.decoder.train()
+        return nll
 
     def pieces(self) -> list[Piece]:
         """See Engine."""

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig
 from pretrain.hf_moe import moe_from_hf, moe_to_hf
+from pretrain.hf_unsupported import UnsupportedError
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -70,12 +71,13 @@ _DEFAULT_MAX_POSITIONS = 2048
 def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """The ModelConfig of a `config.json`, as transformers 4 or 5 writes it.
 
-    Raises ValueError for another architecture, or a setting of this one that our decoder does not compute.
+    Raises UnsupportedError for another architecture, or a setting of this one that our decoder does not compute, and
+    ValueError for what is no model's config.
     """
     model_type = hf.get("model_type")
     if model_type not in ARCHITECTURES:
         supported = ", ".join(f"{kind} ({name})" for kind, name in ARCHITECTURES.items())
-        raise ValueError(f"model_type {model_type!r} is not supported; supported: {supported}")
+        raise UnsupportedError(f"model_type {model_type!r} is not supported; supported: {supported}")
     _refuse_other_functions(hf)
     theirs = {**_DEFAULTS[model_type], **hf}
     missing = [key for key in _FIELDS.values() if key not in theirs]
@@ -147,9 +149,9 @@ def model_type_of(config: ModelConfig) -> str:
 def _refuse_other_functions(hf: Mapping[str, Any]) -> None:
     for key, allowed in _ONLY.items():
         if hf.get(key) not in (None, *allowed):
-            raise ValueError(f"{key} {hf[key]!r} is not supported: our decoder computes {allowed[0]!r} only")
+            raise UnsupportedError(f"{key} {hf[key]!r} is not supported: our decoder computes {allowed[0]!r} only")
     if hf["model_type"] == "mixtral" and hf.get("sliding_window") is not None:
-        raise ValueError(
+        raise UnsupportedError(
             f"sliding_window {hf['sliding_window']} is not supported: our decoder attends to all tokens before"
         )
 
@@ -161,7 +163,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     kind = rope.pop("rope_type", None) or rope.get("type") or "default"
     rope.pop("type", None)
     if kind not in _ROPE_KEYS:
-        raise ValueError(f"RoPE scaling {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
+        raise UnsupportedError(f"RoPE scaling {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}")
     if rope.get("partial_rotary_factor") == 1:
         del rope["partial_rotary_factor"]
     if kind == "yarn":
@@ -171,7 +173,7 @@ def _rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
     given = {key: value for key, value in rope.items() if value is not None}
     unknown = given.keys() - set(_ROPE_KEYS[kind])
     if unknown:
-        raise ValueError(f"RoPE scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")
+        raise UnsupportedError(f"RoPE scaling {kind!r} with {', '.join(sorted(unknown))} is not supported")
     return theta, None if kind == "default" else {"type": kind, **given}
 
 

@@ -7,11 +7,9 @@ Ours so never holds more than one layer; theirs is whole in memory where it fits
 when it is its turn. And where rounding tips a choice of experts, that token alone differs, not all later ones.
 """
 
-import logging
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +23,7 @@ from model.config import ModelConfig, has_experts
 from model.decoder import Decoder
 from model.parameters import parameter_shapes
 from model.router import Routing
+from pretrain.hf_quiet import quiet_transformers
 
 SEQUENCES, SEQUENCE_LENGTH = 2, 128
 TOLERANCE = 1e-4
@@ -169,7 +168,7 @@ def _load(folder: Path, offload: Path | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     kept = {} if offload is None else {"device_map": {"": "disk"}, "offload_folder": offload}
-    with _quiet():
+    with quiet_transformers():
         theirs, report = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, use_safetensors=True, **kept
         )
@@ -177,26 +176,6 @@ def _load(folder: Path, offload: Path | None) -> Any:
         if found:
             raise RuntimeError(f"transformers cannot load the exported model: {kind} {sorted(map(str, found))[:3]}")
     return theirs.eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the libraries' own bars and remarks about loading."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    dispatch = logging.getLogger("accelerate.big_modeling")
-    level = dispatch.level
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    dispatch.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        dispatch.setLevel(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _whole_bytes(config: ModelConfig) -> int:

@@ -22,12 +22,12 @@ from model.config import ModelConfig
 from model.parameters import keeps_fp32, parameter_shapes
 from pretrain.checkpoint.index import DamagedError
 from pretrain.checkpoint.read import CheckpointReader
+from pretrain.choose_checkpoint import Step, checkpoint_of
 from pretrain.hf import config_to_hf
 from pretrain.hf_check import compare_logits
 from pretrain.hf_folder import INDEX_NAME, SINGLE_NAME
 from pretrain.hf_tokenizer import check_fast_tokenizer, write_fast_tokenizer
 from pretrain.hf_weights import parameter_to_hf, stored_shapes
-from pretrain.load_model import checkpoint_of
 from pretrain.run_dir import sync_folder, write_json
 from pretrain.safetensors_header import Entry, safetensors_header
 
@@ -58,7 +58,7 @@ class Shard:
 def export(
     target: Path,
     out: Path,
-    step: int | None = None,
+    step: Step = None,
     dtype: str = "fp32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     with_tokenizer: bool = True,

@@ -3,17 +3,17 @@ nothing in it is unpickled or run."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.parameters import parameter_shapes
 from pretrain.checkpoint.index import INDEX_NAME as CHECKPOINT_INDEX_NAME
 from pretrain.hf import config_from_hf
+from pretrain.hf_unsupported import UnsupportedError
 from pretrain.hf_weights import known_names, parameter_from_hf, stored_shapes
 from pretrain.run_dir import RunDir, read_json
+from pretrain.safetensors_file import SafetensorsFile
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -41,11 +41,12 @@ class HuggingFaceFolder:
         try:
             self.config: ModelConfig = config_from_hf(stated)
         except ValueError as error:
-            raise ValueError(f"{path / 'config.json'}: {error}") from None
+            kind = UnsupportedError if isinstance(error, UnsupportedError) else ValueError
+            raise kind(f"{path / 'config.json'}: {error}") from None
         self.claimed_context: int | None = stated.get("max_position_embeddings")
         if self.claimed_context is not None and not (type(self.claimed_context) is int and self.claimed_context > 0):
             raise ValueError(f"{path}: max_position_embeddings {self.claimed_context!r} is no number of tokens")
-        self.tensors = _StoredTensors(path)
+        self.tensors = FolderTensors(path)
         counts = (self.config.num_layers, self.config.moe.experts if self.config.moe is not None else 1)
         if max(counts) > len(self.tensors):
             raise ValueError(f"{path} has {len(self.tensors)} tensors, too few for the layers or experts of its config")
@@ -75,31 +76,28 @@ class HuggingFaceFolder:
         return dtype
 
 
-class _StoredTensors(Mapping[str, Tensor]):
+class FolderTensors(Mapping[str, Tensor]):
     """The tensors of a folder by name, each read when it is asked for: memory need not hold a layer's experts stacked
     and by themselves for all layers at once."""
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         for file, names in _weight_files(folder).items():
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing, though the folder's index names it; download it again")
-            try:
-                stored = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is no whole safetensors file ({error}); download it again") from error
-            absent = sorted(set(names or ()) - set(stored.keys()))
+            stored = SafetensorsFile(file)
+            absent = sorted(set(names or ()) - stored.tensors.keys())
             if absent:
                 raise ValueError(f"{file} lacks {absent[0]}, which the folder's index says it holds")
-            self._files.update(dict.fromkeys(names or stored.keys(), stored))
+            self._files.update(dict.fromkeys(names or stored.tensors, stored))
 
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         """As the file's header says, without reading the values."""
-        stored = self._files[name].get_slice(name)
-        return tuple(stored.get_shape()), stored.get_dtype()
+        stored = self._files[name].tensors[name]
+        return stored.shape, stored.dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        return self._files[name].read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from model.config import ModelConfig, MoEConfig, has_experts
+from pretrain.hf_unsupported import UnsupportedError
 
 # Ours -> theirs, where the value is the same.
 _FIELDS = {
@@ -57,7 +58,7 @@ def moe_from_hf(hf: Mapping[str, Any]) -> dict[str, Any] | None:
 
     Their loss for balance is one over all tokens and layers at once, ours one for each sequence and layer: of it only
     the coefficient is taken over.
-    Raises ValueError where experts are in layers that our decoder cannot give them to.
+    Raises UnsupportedError where experts are in layers that our decoder cannot give them to.
     """
     model_type = hf["model_type"]
     theirs = {**_DEFAULTS[model_type], **hf}
@@ -108,7 +109,7 @@ def _layers_with_experts(theirs: Mapping[str, Any]) -> dict[str, int]:
     first = layers[0]
     frequency = layers[1] - first if len(layers) > 1 else count - first
     if layers != list(range(first, count, frequency)):
-        raise ValueError(
+        raise UnsupportedError(
             f"mlp_only_layers {exceptions} with decoder_sparse_step {step} is not supported: it gives experts to "
             f"layers {', '.join(map(str, layers))}, our decoder only to every n-th layer from some layer on"
         )

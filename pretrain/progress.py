@@ -1,6 +1,7 @@
 """Training as a person watches it: a live bar on a terminal, a plain line now and then elsewhere. On stderr."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,14 @@ def counting_bar(unit: str, console: Console) -> Progress:
         console=console,
         expand=True,
         disable=not console.is_terminal,
+    )
+
+
+def validation_in_words(by_source: Mapping[str, Mapping[str, Any]]) -> str:
+    """The measures of each held-out source, as an "evaluation" event has them, on one line."""
+    return ", ".join(
+        f"{name} {measures['loss']:.4f} ({measures['bits_per_byte']:.4f} bits/byte)"
+        for name, measures in by_source.items()
     )
 
 

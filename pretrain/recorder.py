@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from torch.utils.tensorboard import SummaryWriter
 
 from pretrain.checkpoint.save import Saved
-from pretrain.progress import StepProgress
+from pretrain.evaluation.score import Score
+from pretrain.progress import StepProgress, validation_in_words
 from pretrain.run_dir import RunDir, event_line, open_events
 
 # Scalars of a step event that TensorBoard shows, with units in their names.
@@ -22,6 +23,12 @@ STEP_SCALARS = {
     "memory_bytes": "memory/peak_bytes_per_rank",
 }
 
+# Measures of a held-out source that TensorBoard shows.
+VALIDATION_SCALARS = {
+    "loss": "loss_nats_per_token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
+}
 
 # Steps from one record of every expert's load to the next: it can be thousands of numbers.
 EXPERT_LOAD_EVERY = 100
@@ -33,8 +40,8 @@ class Recorder(Protocol):
     def step(self, **event: Any) -> None:
         """One optimizer step."""
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None:
-        """Losses on held-out sources."""
+    def validation(self, step: int, tokens: int, by_source: dict[str, Score], seconds: float) -> None:
+        """Scores on held-out sources, after so many tokens of training."""
 
     def saved(self, saved: Saved) -> None:
         """A checkpoint that is committed, or has failed."""
@@ -54,7 +61,7 @@ class SilentRecorder:
 
     def step(self, **event: Any) -> None: ...
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None: ...
+    def validation(self, step: int, tokens: int, by_source: dict[str, Score], seconds: float) -> None: ...
 
     def saved(self, saved: Saved) -> None: ...
 
@@ -89,13 +96,17 @@ class RunRecorder:
             self.tensorboard.add_scalar(name, event[key], step)
         self.progress.step(event)
 
-    def validation(self, step: int, tokens: int, losses: dict[str, float], seconds: float) -> None:
-        self._write("evaluation", {"step": step, "tokens": tokens, "losses": losses, "seconds": seconds})
-        for source, loss in losses.items():
-            self.tensorboard.add_scalar(f"validation/{source}_loss_nats_per_token", loss, step)
-        self.progress.say(
-            f"step {step}: validation " + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        )
+    def validation(self, step: int, tokens: int, by_source: dict[str, Score], seconds: float) -> None:
+        measured = {
+            name: {key: score.measure(key) for key in VALIDATION_SCALARS}
+            | {"tokens": score.tokens, "bytes": score.bytes, "documents": score.documents}
+            for name, score in by_source.items()
+        }
+        self._write("evaluation", {"step": step, "tokens": tokens, "by_source": measured, "seconds": seconds})
+        for source, measures in measured.items():
+            for key, name in VALIDATION_SCALARS.items():
+                self.tensorboard.add_scalar(f"validation/{source}_{name}", measures[key], step)
+        self.progress.say(f"step {step}: validation {validation_in_words(measured)}")
 
     def saved(self, saved: Saved) -> None:
         times = {"stall_seconds": saved.stall_seconds, "seconds": saved.seconds}

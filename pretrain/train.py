@@ -25,7 +25,7 @@ from pretrain.run_dir import RunDir
 from pretrain.schedule import due, finished, learning_rate
 from pretrain.state import TrainState
 from pretrain.stop import StopRequest, Switches
-from pretrain.validation import forget_after, mean_loss, past_losses, validate
+from pretrain.validation import Validation, forget_after, mean_loss, past_losses
 from pretrain.watchdog import START_SECONDS, Watchdog
 
 SAVE_PATIENCE = timedelta(days=7)  # a rank that dies is noticed at once, one whose disk is slow may take its time
@@ -61,6 +61,7 @@ def train(
             recorder.event("left_out", step=state.step, ranges=left_out)
         meter = Meter(config, device, recorder)
         batches = opened.enter_context(closing(Batches(config, state, dims, host_group)))
+        validation = Validation(config, dims, host_group)
         saver = CheckpointSaver(
             run_dir.checkpoints,
             engine,
@@ -121,8 +122,8 @@ def train(
             hurried = outcome is not None and outcome.status != "done"
             if not hurried and due(config.evaluation.every_steps, state.step):
                 began, beat = time.perf_counter(), partial(watchdog.beat, state.step, "validation")
-                by_source = validate(engine, config, device, dims, host_group, beat)
-                losses[state.step] = mean_loss(by_source)
+                by_source = validation.scores(engine, beat)
+                losses[state.step] = mean_loss(score.loss for score in by_source.values())
                 recorder.validation(state.step, state.tokens, by_source, time.perf_counter() - began)
         if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save
             watchdog.beat(outcome.step, "saving")

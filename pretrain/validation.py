@@ -1,52 +1,55 @@
-"""Validation in the loop: the loss on windows of held-out sources, all ranks together, training state untouched."""
+"""Validation in the loop: the score on held-out sources, all ranks together, training state untouched.
+
+It is what `steppe eval` says of the same documents, with a window of the run's sequence length.
+"""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from data_pipeline.batch import Batch
-from data_pipeline.config import SourceConfig
-from data_pipeline.manifest import Manifest
-from data_pipeline.validation import validation_batches
 from pretrain.config import RunConfig
 from pretrain.engine import Engine
-from pretrain.parallel_dims import ParallelDims, first_of, gathered
+from pretrain.evaluation.score import Score
+from pretrain.held_out import rank_batches, read_held_out
+from pretrain.parallel_dims import ParallelDims, first_of
 from pretrain.run_dir import RunDir, read_events
 
 
-def validate(
-    engine: Engine,
-    config: RunConfig,
-    device: torch.device,
-    dims: ParallelDims,
-    group: dist.ProcessGroup | None,
-    beat: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Mean of -log p, nats a token, per source. Every rank makes equally many forwards, so none can hang another.
+class Validation:
+    """The held-out sources of a run, if it validates, ready to be scored again and again: this rank's share of them
+    stays in memory."""
 
-    beat: called before each of them.
+    def __init__(self, config: RunConfig, dims: ParallelDims, group: dist.ProcessGroup | None) -> None:
+        """Read the sources: the first rank does, for all. Collective; group: of all ranks, on the host.
 
-    Raises ValueError on every rank if any cannot read its share.
-    """
-    losses = {}
-    for source in config.evaluation.sources:
-        sums = torch.zeros(2, dtype=torch.float64, device=device)  # nll, targets
-        for batch in read_together(source, config, dims, group):
-            beat()
-            sums[0] += engine.validation_nll(batch)
-            sums[1] += batch.valid_tokens / config.parallel.ranks_per_sample  # which are all given this batch
+        Raises on every rank what `read_held_out` does.
+        """
+        most_targets = config.evaluation.windows * config.data.sequence_length
+        self._sources = {}
+        for source in config.evaluation.sources if config.evaluation.every_steps else ():
+            held_out = first_of(partial(read_held_out, source, most_targets), group)
+            self._sources[source.name] = held_out.counts, rank_batches(held_out, config, dims)
+
+    def scores(self, engine: Engine, beat: Callable[[], None] = lambda: None) -> dict[str, Score]:
+        """What the model makes of each source. Collective; beat: called before each forward pass."""
+        nats = torch.zeros(len(self._sources), dtype=torch.float64, device=engine.device)
+        for number, (_, batches) in enumerate(self._sources.values()):
+            for batch in batches:
+                beat()
+                nats[number] += engine.validation_nll(batch)
         if dist.is_initialized():
-            dist.all_reduce(sums)
-        nll, tokens = sums.tolist()
-        losses[source.name] = nll / tokens
-    return losses
+            dist.all_reduce(nats)
+        counted = zip(self._sources.items(), nats.tolist(), strict=True)
+        return {name: replace(counts, nats=own) for (name, (counts, _)), own in counted}
 
 
-def mean_loss(losses: dict[str, float]) -> float:
+def mean_loss(losses: Iterable[float]) -> float:
     """One number of a validation, by which checkpoints are compared: the mean over the sources."""
-    return statistics.fmean(losses.values())
+    return statistics.fmean(losses)
 
 
 def past_losses(run_dir: RunDir, until_step: int | None = None) -> dict[int, float]:
@@ -58,40 +61,10 @@ def past_losses(run_dir: RunDir, until_step: int | None = None) -> dict[int, flo
         return {}
     events = read_events(run_dir.events_path, "evaluation")
     known = (event for event in events if until_step is None or event["step"] <= until_step)
-    return {event["step"]: mean_loss(event["losses"]) for event in known}
+    return {event["step"]: mean_loss(score["loss"] for score in event["by_source"].values()) for event in known}
 
 
 def forget_after(losses: dict[int, float], step: int) -> None:
     """Of a run that has gone back to this step: what came after it is no measure of a checkpoint."""
     for later in [known for known in losses if known > step]:
         del losses[later]
-
-
-def read_together(
-    source: SourceConfig, config: RunConfig, dims: ParallelDims, group: dist.ProcessGroup | None
-) -> list[Batch]:
-    """This rank's batches of a source (at most `evaluation.windows` windows over all ranks, so they fit in memory),
-    read before any forward: a rank that cannot read must not leave the others waiting in one."""
-    manifest = first_of(lambda: Manifest.load(source.path), group)  # its files are looked at once, not by each rank
-    batches: list[Batch] = []
-    failure = None
-    try:
-        batches = list(
-            validation_batches(
-                source,
-                config.data.sequence_length,
-                config.batch.micro_batch_size,
-                dims.data_rank,
-                dims.data_world,
-                config.model.document_mask,
-                config.evaluation.windows,
-                manifest,
-                config.data.cache,
-            )
-        )
-    except (ValueError, OSError) as error:
-        failure = str(error)
-    failures = [found for found in gathered(failure, group) if found is not None]
-    if failures:
-        raise ValueError(failures[0])
-    return batches

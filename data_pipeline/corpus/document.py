@@ -12,6 +12,16 @@ class Document:
     source: str
     index: int
     """Line of a text file, row of a table (of a shard, for a hub dataset), record of an archive, each from 0."""
+    group: str | None = None
+    """What the documents were asked to be grouped by, if they were."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """What a document's group is: the first folder below its input, or a field of its record; or it has none."""
+
+    by_folder: bool = False
+    by_field: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from data_pipeline.corpus.document import OnBad, Rejected, ignore
 from data_pipeline.corpus.formats import Format, format_of, looks_like_file
 from data_pipeline.corpus.hub import hub_shards
 from data_pipeline.corpus.input_config import InputConfig
+from data_pipeline.manifest import MANIFEST_NAME
 from data_pipeline.remote import identity, identity_in, is_http, is_local, open_path, shown
 from data_pipeline.retries import retried
 
@@ -19,6 +20,7 @@ PATTERN_CHARACTERS = re.compile(r"[*?\[]")
 SAVED_DATASET_FILES = ("dataset_info.json", "state.json")
 """Beside the arrow files of a dataset that `datasets` saved; they hold no text."""
 SAVED_SPLITS_FILE = "dataset_dict.json"
+HERE = "."
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +78,24 @@ def list_files(input_: InputConfig, on_bad: OnBad = ignore) -> list[InputFile]:
         name = file if is_local(input_.path) else fs.unstrip_protocol(file)
         if any(part.startswith(".") for part in _inner(file, root).split("/")):
             on_bad(Rejected(name, 0, "hidden file", None))
+        elif input_.format == "auto" and _describes_shards(file, found):
+            raise ValueError(
+                f"input {path} holds token shards, which are no text: name the text that they were made from, or for "
+                f"an evaluation {shown(name).rpartition('/')[0]} itself"
+            )
         elif input_.format != "auto" or not _describes_saved_dataset(file, found):
             is_ = identity_in(found[file])
             files.append(InputFile(name, _format(file, input_), is_.size, is_.tag))
     return files
+
+
+def first_folder(file: InputFile, input_: InputConfig) -> str:
+    """The folder below the input's path that a file of it lies in, the first of several; `.` if in none."""
+    if file.format == "hub":
+        return HERE
+    (_, root), (_, path) = open_path(input_.path), open_path(file.path)
+    folder, slash, _ = _inner(path, root).lstrip("/").partition("/")
+    return folder if slash else HERE
 
 
 def _format(file: str, input_: InputConfig) -> Format:
@@ -127,3 +143,8 @@ def _describes_saved_dataset(path: str, found: dict[str, dict[str, Any]]) -> boo
         splits = sorted({split for split in (p[len(folder) + 1 :].partition("/")[0] for p in found) if split != name})
         raise ValueError(f"input {folder} holds a dataset's splits: choose one, such as {folder}/{splits[0]}")
     return name in SAVED_DATASET_FILES and all(f"{folder}/{other}" in found for other in SAVED_DATASET_FILES)
+
+
+def _describes_shards(path: str, found: dict[str, dict[str, Any]]) -> bool:
+    folder, _, name = path.rpartition("/")
+    return name == MANIFEST_NAME and any(p.startswith(f"{folder}/") and p.endswith(".idx") for p in found)

@@ -70,10 +70,8 @@ def _or_damaged(read: Callable[[], Value], source: str, kind: str) -> Value:
         raise ValueError(f"input {source} is no readable {kind} file ({reason}): fetch it again") from error
 
 
-def table_records(
-    tables: "Iterable[pyarrow.Table]", source: str, text_field: str, condition_fields: Collection[str]
-) -> Records:
-    """The rows of the tables, counted through all of them. Fields: those that conditions are put on.
+def table_records(tables: "Iterable[pyarrow.Table]", source: str, text_field: str, beside: Collection[str]) -> Records:
+    """The rows of the tables, counted through all of them. `beside`: the fields that records are to have.
 
     Raises ValueError where a column is missing, or holds no texts.
     """
@@ -81,12 +79,12 @@ def table_records(
 
     row = 0
     for table in tables:
-        _require_columns(table.schema, source, [text_field, *condition_fields])
+        _require_columns(table.schema, source, [text_field, *beside])
         try:
             texts = _plain(_column(table, text_field)).cast(pyarrow.large_binary()).to_pylist()
         except pyarrow.ArrowException as error:
             raise ValueError(f"input {source} has no texts in its column {text_field!r}: name another field") from error
-        conditions = [_column(table, name).to_pylist() for name in condition_fields]
+        conditions = [_column(table, name).to_pylist() for name in beside]
         for place, value in enumerate(texts):
             row += 1
             if value is None:
@@ -97,9 +95,7 @@ def table_records(
             except UnicodeDecodeError as error:
                 yield Rejected(source, row, f"invalid UTF-8 at byte {error.start} of the text", value)
                 continue
-            fields: Mapping[str, Any] = {
-                name: values[place] for name, values in zip(condition_fields, conditions, strict=True)
-            }
+            fields: Mapping[str, Any] = {name: values[place] for name, values in zip(beside, conditions, strict=True)}
             yield Record(text, row - 1, fields)
 
 
@@ -107,8 +103,8 @@ def _require_columns(schema: "pyarrow.Schema", source: str, columns: Iterable[st
     for column in columns:
         if _path_in(schema, column) is None:
             raise ValueError(
-                f"input {source} has no column {column!r}: name one of {', '.join(schema.names)} with --text-field, "
-                "or in text_field and where"
+                f"input {source} has no column {column!r}: name one of {', '.join(schema.names)} with --text-field "
+                "or --by-field, or in text_field and where"
             )
 
 

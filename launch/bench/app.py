@@ -4,6 +4,7 @@ import typer
 
 from launch.bench.checkpoint import checkpoint
 from launch.bench.data import data
+from launch.bench.evaluation import evaluation
 from launch.bench.memory import memory
 from launch.bench.train import train
 
@@ -12,6 +13,7 @@ app.command("train")(train)
 app.command("memory")(memory)
 app.command("checkpoint")(checkpoint)
 app.command("data")(data)
+app.command("eval")(evaluation)
 
 
 @app.callback()  # without it, typer would take the only command for the whole

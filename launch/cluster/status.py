@@ -186,7 +186,7 @@ class WatchedRun:
 
     def _validation(self) -> dict[str, Any] | None:
         event = self.latest.get("evaluation")
-        return None if event is None else {"step": event["step"], "losses": event["losses"]}
+        return None if event is None else {"step": event["step"], "by_source": event["by_source"]}
 
     def _checkpoint(self, now: float) -> dict[str, Any] | None:
         event = self.latest.get("checkpoint")

@@ -51,7 +51,7 @@ class WatchedSweep:
                 "loss": one.loss,
                 "validation_loss": None
                 if one.validation is None
-                else statistics.fmean(one.validation["losses"].values()),
+                else statistics.fmean(measures["loss"] for measures in one.validation["by_source"].values()),
             }
             for point, one in zip(self.sweep.points, found, strict=True)
         ]

@@ -76,7 +76,7 @@ def show(path: Target, as_json: AsJson = False) -> None:
     """What a checkpoint holds (of a run, its newest): the run's place, the model, and the layout that saved it."""
     from pretrain.checkpoint.index import read_index
     from pretrain.checkpoint.verify import describe
-    from pretrain.load_model import checkpoint_of
+    from pretrain.choose_checkpoint import checkpoint_of
 
     problems: list[Exception] = []
     checkpoint = checkpoint_of(path, None, problems)
@@ -106,7 +106,7 @@ def _checkpoints(path: Path, with_damaged: bool = False) -> list[Path]:
     """
     from pretrain.checkpoint.folder import list_checkpoints, list_damaged, step_of
     from pretrain.checkpoint.index import INDEX_NAME
-    from pretrain.load_model import no_checkpoint
+    from pretrain.choose_checkpoint import no_checkpoint
     from pretrain.run_dir import RunDir
 
     run = RunDir(path)

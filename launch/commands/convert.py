@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from launch.step_word import HELP as STEP_HELP
+from launch.step_word import step_of_word
+
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
@@ -17,7 +20,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 def export(
     model: Annotated[Path, typer.Argument(help="A run or a checkpoint.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step; default: the newest.")] = None,
+    step: Annotated[str | None, typer.Option(help=STEP_HELP)] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights; fp32 is exact.")] = "fp32",
     max_shard_size: Annotated[str, typer.Option(help="Of a file's tensors.")] = "5GB",
     tokenizer: Annotated[bool, typer.Option(help="Write the fast tokenizer, too.")] = True,
@@ -31,8 +34,9 @@ def export(
 
     max_shard_bytes = _bytes("--max-shard-size", max_shard_size)
     memory_bytes = None if check_memory is None else _bytes("--check-memory", check_memory)
+    at_step = step_of_word(step)
     with _Stages() as stages:
-        result = run(model, out, step, dtype, max_shard_bytes, tokenizer, memory_bytes, stages.reach)
+        result = run(model, out, at_step, dtype, max_shard_bytes, tokenizer, memory_bytes, stages.reach)
     for reason in result["passed_over"]:
         print(f"steppe: passed over: {reason}", file=sys.stderr)
     if as_json:

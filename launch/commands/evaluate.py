@@ -1,85 +1,190 @@
-"""`steppe eval`: the perplexity of a model on documents."""
+"""`steppe eval`: the perplexity of a model on documents, and what benchmarks say of it."""
 
 import json
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from launch.step_word import HELP as STEP_HELP
+from launch.step_word import step_of_word
+
+PLAIN_WIDTH = 120
+"""Columns of what is printed elsewhere than at a terminal."""
+
 
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
-    data: Annotated[list[str], typer.Option(help="PATH or NAME=PATH of a corpus, each a domain; one or more.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="PATH or NAME=PATH of texts, each a domain: files, folders, URLs, data folders."),
+    ] = None,
     more_data: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More of --data.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens the model sees at once; default: as in training.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="A YAML of inputs, as of `steppe data prepare`.")] = None,
+    text_field: Annotated[str, typer.Option(help="The field that holds the text of a JSON or parquet row.")] = "text",
+    by_folder: Annotated[bool, typer.Option("--by-folder", help="A folder just below an input is a domain.")] = False,
+    by_field: Annotated[str | None, typer.Option(help="The value of this field of a record is its domain.")] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Tokens the model sees at once, or `document`; default: as in training.")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens between two windows; default: the window.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of one forward pass; never changes a result.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to share the documents.")] = 1,
-    step: Annotated[int | None, typer.Option(help="A run's checkpoint of this step; default: the newest.")] = None,
+    step: Annotated[str | None, typer.Option(help=STEP_HELP)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="The model's own, if not beside it.")] = None,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of weights and forward pass.")] = "fp32",
-    text_field: Annotated[str, typer.Option(help="The field that holds the text of a JSON or parquet row.")] = "text",
+    offload: Annotated[
+        Literal["cpu", "disk"] | None, typer.Option(help="Where weights are that do not compute just now.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Another model, or the --out of its evaluation: differences, with intervals.")
+    ] = None,
+    compare_step: Annotated[str | None, typer.Option(help="As --step, of the model to compare with.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks by name or pattern, with commas between; needs lm-eval.")
+    ] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="A folder of tasks' YAML files, beside lm-eval's.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a benchmark's prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each benchmark.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep each document's score here; the same command goes on after a stop.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Write a row a domain to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
 ) -> None:
     """Perplexity and bits per byte, by document: each token and EOS is scored exactly once, given BOS."""
-    from launch.ranks import run_ranks
-    from pretrain.device import check_device
-    from pretrain.evaluation.job import EvaluationJob, parse_domains, run_job, run_job_on_ranks, survey
-
-    domains = parse_domains([*data, *(more_data or [])])
-    job = EvaluationJob(
-        model=str(model),
-        data=domains,
-        window=window,
-        stride=stride,
-        batch_tokens=batch_tokens,
-        step=step,
-        tokenizer=str(tokenizer) if tokenizer else None,
-        precision=precision,
-        text_field=text_field,
-        total_bytes=survey(domains, text_field),
+    step_, compare_step_ = step_of_word(step), step_of_word(compare_step, "--compare-step")
+    window_ = _window_of_word(window)
+    named = [*(data or []), *(more_data or [])]
+    has_texts = bool(named) or corpus is not None or tasks is None
+    _check_words(
+        ("--compare", compare is None, {"--compare-step": compare_step}),
+        ("--tasks", tasks is None, {"--task-folder": task_folder, "--num-fewshot": num_fewshot, "--limit": limit}),
+        ("--data", not has_texts, {"--compare": compare, "--out": out, "--csv": csv, "--stride": stride}),
     )
+    _check_files({"--csv": csv, "--html": html})
+
+    from launch.evaluation import Other, check_model, evaluated, with_tasks
+    from launch.ranks import StoppedError
+    from pretrain.device import check_device
+    from pretrain.evaluation.harness_job import TasksJob, check_tasks
+    from pretrain.evaluation.job import EvaluationJob
+    from pretrain.evaluation.texts import texts_config
+
+    asked: dict[str, Any] = {
+        "model": str(model),
+        "batch_tokens": batch_tokens,
+        "step": step_,
+        "tokenizer": str(tokenizer) if tokenizer else None,
+        "precision": precision,
+        "offload": offload,
+    }
     check_device(nproc, precision)
-    result = run_job(job) if nproc == 1 else run_job_on_ranks(job, nproc, run_ranks)
+    check_model(model, step_)
+    job: EvaluationJob | None = None
+    if has_texts:
+        texts = texts_config(named, corpus, text_field, by_folder, by_field)
+        job = EvaluationJob(texts=texts, window=window_, stride=stride, **asked)
+    tasks_job: TasksJob | None = None
+    if tasks is not None:
+        tasks_job = TasksJob(
+            tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            task_folder=str(task_folder) if task_folder else None,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            window=window_ if isinstance(window_, int) else None,
+            **asked,
+        )
+        check_tasks(tasks_job)
+    other = None if compare is None else Other(compare, compare_step_)
+    if other is not None:
+        other.check()
+    with ExitStack() as stack:
+        result, folder = None, None
+        try:
+            if job is not None:
+                result, folder = stack.enter_context(evaluated(job, nproc, out, other))
+            if tasks_job is not None:
+                result = with_tasks(result, tasks_job, nproc)
+        except (KeyboardInterrupt, StoppedError):
+            raise typer.Exit(_stopped(out)) from None
+        assert result is not None
+        _write(result, folder, csv, html)
     for reason in result["passed_over"]:
         print(f"steppe: passed over: {reason}", file=sys.stderr)
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
     else:
-        _print_table(result)
+        from rich.console import Console
+
+        from launch.evaluation_table import show
+
+        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+        with console.capture() as shown:
+            show(result, console)
+        sys.stdout.write(_written(shown.get(), sys.stdout.encoding))
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _window_of_word(word: str | None) -> int | Literal["document"] | None:
+    if word is None or word == "document":
+        return word  # type: ignore[return-value]
+    if not (word.isascii() and word.isdecimal()):
+        raise ValueError(f"--window {word} must be a number of tokens, or document for all of a document at once")
+    return int(word)
 
-    at_step = "" if result["step"] is None else f" at step {result['step']}"
-    table = Table(title=f"{result['model']}{at_step}", title_justify="left")
-    table.add_column("domain")
-    for name in ("loss", "perplexity", "bits per byte", "tokens", "bytes", "documents"):
-        table.add_column(name, justify="right")
-    rows = dict(result["by_domain"])
-    if len(rows) > 1:
-        rows["all"] = result
-    for name, score in rows.items():
-        table.add_row(
-            name,
-            f"{score['loss']:.4f}",
-            f"{score['perplexity']:.3f}",
-            f"{score['bits_per_byte']:.4f}",
-            f"{score['tokens']:,}",
-            f"{score['bytes']:,}",
-            f"{score['documents']:,}",
-        )
-    start = "BOS" if result["start_token"] == "bos" else "EOS, for the tokenizer has no BOS"
-    eos = "EOS is scored" if result["eos_scored"] else "no EOS is scored, for the tokenizer has none"
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    console.print(
-        f"window {result['window']}, stride {result['stride']}, {result['precision']}; a document starts from {start}; "
-        f"{eos}",
-        highlight=False,
-    )
+
+def _check_words(*rules: tuple[str, bool, dict[str, Any]]) -> None:
+    """(an option, whether it is missing, those that mean nothing without it). Raises ValueError for one of those."""
+    for needed, is_missing, options in rules:
+        for option, value in options.items():
+            if is_missing and value is not None:
+                raise ValueError(f"{option} {value} means nothing without {needed}: add it, or leave {option} out")
+
+
+def _check_files(files: dict[str, Path | None]) -> None:
+    """Raise ValueError, before hours of work, for a file that cannot be written in the end."""
+    seen: dict[Path, str] = {}
+    for option, path in files.items():
+        if path is None:
+            continue
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{option} {path} cannot be written: name a file in a folder that exists and is yours")
+        if path.resolve() in seen:
+            raise ValueError(f"{option} {path} is the file of {seen[path.resolve()]}, too: name two files")
+        seen[path.resolve()] = option
+
+
+def _write(result: dict[str, Any], folder: Path | None, csv: Path | None, html: Path | None) -> None:
+    from launch.evaluation_csv import csv_text
+    from pretrain.evaluation.record import read_scores
+    from pretrain.run_dir import write_durably
+
+    if csv is not None:
+        write_durably(csv, _written(csv_text(result)))
+    if html is not None:
+        from launch.evaluation_report import evaluation_page
+
+        page = evaluation_page(result, [] if folder is None else read_scores(folder))
+        write_durably(html, _written(page))
+
+
+def _written(text: str, encoding: str = "utf-8") -> str:
+    """With escapes for what cannot be encoded: a domain may be called by a folder whose name is no UTF-8."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _stopped(out: Path | None) -> int:
+    """Say what is left of an evaluation that was asked to stop; returns the exit code."""
+    from pretrain.outcome import EXIT_FAILED, EXIT_STOPPED
+
+    kept = "nothing is kept: with --out FOLDER it would be"
+    if out is not None:
+        kept = f"what is scored is kept in {out}, and the same command goes on"
+    print(f"steppe: stopped; {kept}", file=sys.stderr)
+    return EXIT_FAILED if out is None else EXIT_STOPPED

@@ -109,7 +109,7 @@ def prune_checkpoints(folder: Path, config: CheckpointConfig, losses: Mapping[in
             break
     older = [step_of(path) for path in checkpoints if step_of(path) < whole[0]]  # rotten or not: these may go
     known = [*older, *whole]
-    best = _best_whole(folder, known, losses) if config.keep_best else None
+    best = best_checkpoint(folder, known, losses) if config.keep_best else None
     kept = kept_steps(known, config, best)
     doomed = [path for path in checkpoints if step_of(path) not in kept]
     _each(remove, [*doomed, *(path for path in list_damaged(folder) if step_of(path) <= newest)])
@@ -124,7 +124,7 @@ def _is_whole(checkpoint: Path) -> bool:
     return True
 
 
-def _best_whole(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
+def best_checkpoint(folder: Path, steps: Sequence[int], losses: Mapping[int, float]) -> int | None:
     """The one of these steps with the lowest validation loss whose checkpoint is whole, if any."""
     measured = [step for step in steps if not math.isnan(losses.get(step, math.nan))]
     best_first = sorted(measured, key=lambda step: losses[step])

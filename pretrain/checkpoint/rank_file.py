@@ -129,7 +129,7 @@ class RankFile:
         except BaseException:
             os.close(self._handle)
             raise
-        self._window, self._window_block = memoryview(b""), 0
+        self._kept, self._kept_block = b"", 0
 
     def close(self) -> None:
         os.close(self._handle)
@@ -165,13 +165,13 @@ class RankFile:
         first, last = start // self.block_bytes, -(-stop // self.block_bytes)
         end = min(last * self.block_bytes, self.value_bytes)
         window = memoryview(bytearray(end - first * self.block_bytes))
-        kept = self._window[(first - self._window_block) * self.block_bytes :] if first >= self._window_block else b""
-        kept = kept[: len(window)]
+        kept = self._kept[: len(window)] if first == self._kept_block else b""
         window[: len(kept)] = kept
         fresh = window[len(kept) :]
         self._read_into(fresh, self._start + first * self.block_bytes + len(kept))
         self._verify(fresh, first + -(-len(kept) // self.block_bytes))
-        self._window, self._window_block = window, first
+        self._kept_block = max(first, last - 1)
+        self._kept = bytes(window[(self._kept_block - first) * self.block_bytes :])
         return window[start - first * self.block_bytes : stop - first * self.block_bytes]
 
     def _verify(self, data: memoryview, block: int) -> None:

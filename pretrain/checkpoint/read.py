@@ -14,6 +14,7 @@ from model.parameters import buffer_shapes
 from pretrain.boxes import Box, Piece, common, slices
 from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.rank_file import RankFile, tensor_key
+from pretrain.pages import empty_pages
 
 OPEN_FILES = 512  # at a time: a process may have 1,024, and not for this alone
 
@@ -64,6 +65,10 @@ class CheckpointReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what is open; what is read afterwards is opened again."""
         while self._files:
             self._files.popitem()[1].close()
 
@@ -90,7 +95,7 @@ class CheckpointReader:
         if name not in self.index.parameters:
             raise DamagedError(f"{self.checkpoint} holds nothing for {name}")
         shape = self.index.parameters[name].shape
-        whole = torch.empty(shape)
+        whole = empty_pages(shape, torch.float32)
         self.fill([Piece(name, shape, Box((0,) * len(shape), shape), False, {kind: whole})])
         return whole
 

@@ -1,131 +1,185 @@
 """Perplexity by documents: every token of a corpus is scored exactly once, given the start of its own document.
 
-A document's targets are its tokens t1 .. tn and the EOS that ends it; its inputs are the start token and t1 .. tn. A
-document that is longer than the window W is read through windows that begin every S targets (the stride): each counts
-only the targets that no earlier window has scored, so S < W gives every later token at least W - S tokens of context.
-
-    loss = sum of -ln p(target | what its window holds before it) / tokens        nats a token
-    perplexity = exp(loss)
-    bits per byte = sum of -log2 p / raw UTF-8 bytes of the documents             comparable across tokenizers
-
-Each is a ratio of sums over the corpus, held in fp64; nothing is averaged over batches, windows or ranks.
-Shapes: B windows of a batch, T the longest of them.
+What counts as a target, and what it sees, is in `pretrain.evaluation.windows`. Here documents are dealt to ranks, cut
+into windows, scored in batches, and recorded one by one: all measures are ratios of sums over those records.
+Shapes: B windows of a batch, T the longest of them, P ranges of context (`position_of`).
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+import xxhash
 
 from data_pipeline.batch import IGNORED_TARGET
-from data_pipeline.corpus.document import Document
-from pretrain.evaluation.score import Score
+from pretrain.evaluation.record import DocumentScore, DocumentSet, RecordsWriter, position_of
+from pretrain.evaluation.texts import EvaluationDocument
 from pretrain.evaluation.windows import Window, Windowing, document_windows, packed, padded
 from pretrain.load_model import LoadedModel
 
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The scores of a corpus by domain, and the conventions without which they cannot be compared.
-
-    start_token: what the first token of a document is given: "bos", or "eos" for a tokenizer without BOS.
-    eos_scored: False for a tokenizer without EOS, where nothing tells that a document ends.
-    """
-
-    by_domain: Mapping[str, Score]
-    window: int
-    stride: int
-    start_token: str
-    eos_scored: bool
-
-    @classmethod
-    def of(cls, model: LoadedModel, windowing: Windowing, shares: Sequence[Mapping[str, Score]]) -> "Evaluation":
-        """Add up the ranks' shares. Raises ValueError for a domain whose sums mean nothing."""
-        by_domain = {name: Score.sum([share[name] for share in shares]) for name in shares[0]}
-        for name, score in by_domain.items():
-            _check(name, score)
-        _, start_token = model.start_token
-        eos_scored = model.tokenizer.eos_id is not None
-        return cls(by_domain, windowing.window, windowing.stride, start_token, eos_scored)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON values: the whole corpus, each domain under `by_domain`, and the conventions."""
-        return {
-            **Score.sum(list(self.by_domain.values())).as_dict(),
-            "by_domain": {name: score.as_dict() for name, score in self.by_domain.items()},
-            "window": self.window,
-            "stride": self.stride,
-            "start_token": self.start_token,
-            "eos_scored": self.eos_scored,
-        }
+# Documents of about so much text are tokenized together, so that a tokenizer with threads can use them.
+ENCODED_CHARACTERS = 1 << 18
+POSITIONS = 33  # a context has less than 2^32 tokens
 
 
-def evaluate(model: LoadedModel, domains: Mapping[str, Iterable[Document]], windowing: Windowing) -> Evaluation:
-    """Score every document of every domain in this process. Raises ValueError for a domain without text, and for a
-    loss that is not finite."""
-    return Evaluation.of(model, windowing, [score(model, domains, windowing)])
+@dataclass
+class Scored:
+    """What this rank has scored so far: documents that are complete, targets, and about how many bytes of text they
+    stand for; and the domains of all documents that any rank was dealt, in the order of reading."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: float = 0.0
+    domains: list[str] = field(default_factory=list)
 
 
-@torch.inference_mode()
-def score(
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A document some windows of which are still to be scored."""
+
+    document: EvaluationDocument
+    targets: int
+    targets_left: int
+    tokens_by_position: np.ndarray = field(default_factory=lambda: np.zeros(POSITIONS, dtype=np.int64))
+    nats_by_position: np.ndarray = field(default_factory=lambda: np.zeros(POSITIONS))
+
+    def score(self) -> DocumentScore:
+        return DocumentScore(
+            index=self.document.index,
+            domain=self.document.domain,
+            nats=float(self.nats_by_position.sum()),
+            tokens=int(self.tokens_by_position.sum()),
+            bytes=self.document.text_bytes,
+            words=self.document.words,
+            text_xxh3=xxhash.xxh3_64_hexdigest(self.document.text.encode("utf-8")),
+        )
+
+
+def score_documents(
     model: LoadedModel,
-    domains: Mapping[str, Iterable[Document]],
+    documents: Iterable[EvaluationDocument],
     windowing: Windowing,
+    records: RecordsWriter,
     rank: int = 0,
     world: int = 1,
-    on_progress: Callable[[Score], None] = lambda so_far: None,
-) -> dict[str, Score]:
-    """The sums of this rank's share of each domain; all ranks' shares together are the corpus.
+    done: DocumentSet | None = None,
+    on_progress: Callable[[Scored], None] = lambda so_far: None,
+) -> Scored:
+    """Record this rank's share of the documents; all ranks' shares together are all but those that are `done`.
 
-    Neither `batch_tokens` nor `world` changes the total beyond the rounding of a forward pass. Memory is bounded by the
-    longest document, never by the corpus. `on_progress` is told after each batch, without the nats, which stay on the
-    device until the end.
+    documents: all of them, the same on every rank, of which few are held at once: memory is bounded by the longest one
+    and the batch, never by the corpus. Neither `batch_tokens` nor `world` changes a document's score beyond the
+    rounding of a forward pass. on_progress: is told after each batch.
+
+    Raises ValueError for a loss that is not finite, and for a document that is longer than the model can see at once
+    where it has to.
     """
-    device = model.model.device
-    rows = {name: row for row, name in enumerate(domains)}
-    nats = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    counts = np.zeros((len(rows), 3), dtype=np.int64)  # tokens, bytes, documents
-    for batch in packed(_windows(model, deal(domains, rank, world), windowing), windowing.batch_tokens):
-        inputs_BT, targets_BT = (tensor.to(device) for tensor in padded(batch))
-        losses_BT = model.model.token_losses(inputs_BT, targets_BT)
-        nats.index_add_(0, torch.tensor([rows[row.domain] for row in batch], device=device), losses_BT.double().sum(1))
-        for row in batch:
-            counts[rows[row.domain]] += (row.targets != IGNORED_TARGET).sum(), row.text_bytes, row.ends
-        on_progress(Score(0.0, *counts.sum(axis=0).tolist()))
-    return {name: Score(nats[row].item(), *counts[row].tolist()) for name, row in rows.items()}
+    scored = Scored()
+    pending: dict[int, _Pending] = {}
+    mine = deal(_new(documents, done or DocumentSet(), scored), rank, world)
+    for batch in packed(_windows(model, mine, windowing, pending), windowing.batch_tokens):
+        tokens_BP, nats_BP = _by_position(model, batch)
+        for row, tokens_P, nats_P in zip(batch, tokens_BP, nats_BP, strict=True):
+            waiting = pending[row.document]
+            _check_finite(waiting.document, nats_P)
+            waiting.tokens_by_position[: len(tokens_P)] += tokens_P
+            waiting.nats_by_position[: len(nats_P)] += nats_P
+            tokens = int(tokens_P.sum())
+            waiting.targets_left -= tokens
+            scored.tokens += tokens
+            scored.bytes += waiting.document.text_bytes * tokens / max(1, waiting.targets)
+            if not waiting.targets_left:
+                del pending[row.document]
+                records.add(waiting.score(), waiting.tokens_by_position, waiting.nats_by_position)
+                scored.documents += 1
+        on_progress(scored)
+    assert not pending, "every target of a document is in one of its windows"
+    return scored
 
 
-def _check(name: str, score: Score) -> None:
-    """Raise ValueError for sums that mean nothing."""
-    if not score.bytes or not score.tokens:
-        raise ValueError(
-            f"{name}: nothing to measure in {score.documents} documents, {score.bytes} bytes, {score.tokens} tokens: "
-            "name a corpus that holds text"
-        )
-    if not math.isfinite(score.nats):
-        raise ValueError(f"{name}: the loss is {score.nats}, so the model overflows in this precision: try fp32")
+def deal(documents: Iterable[EvaluationDocument], rank: int, world: int) -> Iterator[EvaluationDocument]:
+    """This rank's documents: each goes to the rank that was dealt the least text so far.
 
-
-def deal(domains: Mapping[str, Iterable[Document]], rank: int, world: int) -> Iterator[tuple[str, Document]]:
-    """This rank's documents with their domains: each document goes to the rank that was dealt the least text so far.
-
-    A pure function of the corpus, so that the ranks agree without a word, and finish at about the same time.
+    A pure function of the documents, so that the ranks agree without a word, and finish at about the same time.
     """
     load_characters = [0] * world
-    for name, documents in domains.items():
-        for document in documents:
-            owner = load_characters.index(min(load_characters))
-            load_characters[owner] += len(document.text) + 1  # 1: empty documents go round, too
-            if owner == rank:
-                yield name, document
+    for document in documents:
+        owner = load_characters.index(min(load_characters))
+        load_characters[owner] += len(document.text) + 1  # 1: empty documents go round, too
+        if owner == rank:
+            yield document
 
 
-def _windows(model: LoadedModel, documents: Iterable[tuple[str, Document]], windowing: Windowing) -> Iterator[Window]:
+def _new(documents: Iterable[EvaluationDocument], done: DocumentSet, scored: Scored) -> Iterator[EvaluationDocument]:
+    """Those that are not done; notes the domains of all."""
+    known = set()
+    for document in documents:
+        if document.domain not in known:
+            known.add(document.domain)
+            scored.domains.append(document.domain)
+        if document.index not in done:
+            yield document
+
+
+def _windows(
+    model: LoadedModel, documents: Iterable[EvaluationDocument], windowing: Windowing, pending: dict[int, _Pending]
+) -> Iterator[Window]:
+    """The documents' windows, one after another; a document is pending from its first on."""
     start, _ = model.start_token
-    for name, document in documents:
-        ids = model.tokenizer.encode_batch([document.text])[0]
-        text_bytes = len(document.text.encode("utf-8"))
-        yield from document_windows(ids, start, model.tokenizer.eos_id, windowing, name, text_bytes)
+    eos = model.tokenizer.eos_id
+    for document, ids in _tokenized(model, documents):
+        targets = len(ids) + (eos is not None)
+        if windowing.window is None and model.longest_context is not None and targets > model.longest_context:
+            raise ValueError(
+                f"document {document.index} of {document.domain} is {targets} tokens long, and {model.name} sees at "
+                f"most {model.longest_context} at once: read it by --window {model.longest_context}"
+            )
+        pending[document.index] = _Pending(document, targets, targets)
+        yield from document_windows(ids, start, eos, windowing, document.index)
+
+
+def _tokenized(
+    model: LoadedModel, documents: Iterable[EvaluationDocument]
+) -> Iterator[tuple[EvaluationDocument, np.ndarray]]:
+    for some in _some_at_a_time(documents):
+        texts = [document.text for document in some if document.ids is None]
+        encoded = iter(model.tokenizer.encode_batch(texts))
+        for document in some:
+            yield document, next(encoded) if document.ids is None else document.ids
+
+
+def _some_at_a_time(documents: Iterable[EvaluationDocument]) -> Iterator[list[EvaluationDocument]]:
+    some: list[EvaluationDocument] = []
+    characters = 0
+    for document in documents:
+        some.append(document)
+        characters += len(document.text) + 1
+        if characters >= ENCODED_CHARACTERS:
+            yield some
+            some, characters = [], 0
+    yield some
+
+
+def _by_position(model: LoadedModel, batch: list[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """The counted targets and their nats in fp64, both (B, P), by the tokens of the document that each has seen."""
+    inputs_BT, targets_BT = padded(batch)
+    device = model.model.device
+    losses_BT = model.model.token_losses(inputs_BT.to(device), targets_BT.to(device)).double().cpu().numpy()
+    counted_BT = (targets_BT != IGNORED_TARGET).numpy()
+    # A document's first window begins with the start token, which is none of the document's; the others with a token.
+    lead_B1 = np.array([row.begin > 0 for row in batch], dtype=np.int64)[:, None]
+    context_BT = np.arange(targets_BT.size(1)) + lead_B1
+    P = int(position_of(context_BT[:, -1]).max()) + 1
+    cells = (position_of(context_BT) + P * np.arange(len(batch))[:, None])[counted_BT]
+    tokens_BP = np.bincount(cells, minlength=len(batch) * P).reshape(-1, P)
+    nats_BP = np.bincount(cells, losses_BT[counted_BT], minlength=len(batch) * P).reshape(-1, P)
+    return tokens_BP, nats_BP
+
+
+def _check_finite(document: EvaluationDocument, nats_P: np.ndarray) -> None:
+    total = nats_P.sum()
+    if not np.isfinite(total):
+        raise ValueError(
+            f"{document.domain}: the loss of document {document.index} is {total}, so the model overflows in this "
+            "precision: try fp32"
+        )

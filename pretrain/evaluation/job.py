@@ -1,26 +1,36 @@
-"""One evaluation from request to result, on one rank or on several that a launcher starts with this module."""
+"""One evaluation from request to recorded scores, on one rank or on several that a launcher starts with this module.
+
+It may take several sittings: what is recorded in its folder when one ends, however it ends, the next does not repeat.
+"""
 
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch.distributed as dist
+from pydantic import TypeAdapter
 
-from data_pipeline.corpus.config import corpus_of
-from data_pipeline.corpus.document import Document, Rejected
-from data_pipeline.corpus.input_config import default_name
-from data_pipeline.corpus.listing import list_files
-from data_pipeline.corpus.reading import read_documents
-from data_pipeline.manifest import MANIFEST_NAME
-from pretrain.device import detect, init_process_group, new_cpu_group
+from pretrain.device import peak_memory_bytes
 from pretrain.engine import DTYPES
-from pretrain.evaluation.evaluate import Evaluation, Score, Windowing, score
+from pretrain.evaluation.evaluate import Scored, score_documents
+from pretrain.evaluation.folder import (
+    Cost,
+    Facts,
+    check_request,
+    is_finished,
+    locked,
+    read_facts,
+    write_facts,
+    write_request,
+)
 from pretrain.evaluation.progress import ProgressDisplay
+from pretrain.evaluation.ranks import Ranks, Start, rank_main, run_on_ranks
+from pretrain.evaluation.record import DocumentSet, RecordsWriter, done
+from pretrain.evaluation.texts import TextsConfig, identities, read_texts
+from pretrain.evaluation.windows import WHOLE_DOCUMENT, Windowing
 from pretrain.load_model import LoadedModel, load_model
-from pretrain.run_dir import read_json, write_json
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -29,159 +39,151 @@ PRECISIONS = ("fp32", "bf16")
 class EvaluationJob:
     """What to evaluate, as plain values, so that it can travel to ranks as JSON.
 
-    data: {domain: path}, see `parse_domains`. Windows are in targets, None for the model's own (see `Windowing.of`).
-    total_bytes: of the text, if `survey` counted it; only the display of progress uses it.
+    window, stride: in targets, see `Windowing.of`. tokenizer: one to use rather than that beside the model.
+    total_bytes: of the text, if `texts.survey` counted it; only the display of progress uses it.
     """
 
     model: str
-    data: dict[str, str]
-    window: int | None = None
+    texts: TextsConfig
+    window: int | Literal["document"] | None = None
     stride: int | None = None
     batch_tokens: int | None = None
-    step: int | None = None
+    step: int | Literal["best"] | None = None
     tokenizer: str | None = None
     precision: str = "fp32"
-    text_field: str = "text"
+    offload: Literal["cpu", "disk"] | None = None
     total_bytes: int | None = None
 
 
-def parse_domains(arguments: list[str]) -> dict[str, str]:
-    """`name=path`, or a path whose stem is the name, as {name: path}. Raises ValueError for a name given twice."""
-    domains: dict[str, str] = {}
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not equals or Path(argument).exists():
-            name, path = default_name(argument), argument
-        if not name or not path:
-            raise ValueError(f"--data {argument}: expected PATH or NAME=PATH")
-        if name in domains:
-            raise ValueError(
-                f"--data {argument}: the domain {name} is {domains[name]} already; tell them apart by NAME=PATH"
-            )
-        domains[name] = path
-    if not domains:
-        raise ValueError("there is nothing to evaluate: name a corpus with --data PATH")
-    return domains
+def evaluate_job(job: EvaluationJob, folder: Path, nproc: int = 1, start: Start | None = None) -> Facts:
+    """Score the documents that `folder` does not hold yet, and leave there what `record` and `folder` describe.
 
+    A folder that is finished is only compared with the job. start: starts ranks, if there are to be more than one.
 
-def documents_of(path: str, text_field: str) -> Iterator[Document]:
-    """The documents of one domain. Raises ValueError at the first broken record: a measurement leaves nothing out."""
-
-    def refuse(record: Rejected) -> None:
-        if record.raw is not None:
-            where = f"{record.path}:{record.line}" if record.line else record.path
-            raise ValueError(f"{where}: {record.reason}; repair or remove it, a measurement leaves nothing out")
-
-    if (Path(path) / MANIFEST_NAME).is_file():
-        raise ValueError(f"{path} is a folder of token shards: name the text that it was made from")
-    return read_documents(corpus_of([path], text_field), on_bad=refuse)
-
-
-def survey(data: dict[str, str], text_field: str) -> int | None:
-    """Read everything once, which is quick beside scoring it: bytes of text, so that what is broken or empty shows
-    before the model runs and the time left is known. None where a corpus is not local, and would be fetched twice.
-
-    Raises ValueError for a corpus that is missing, broken or has no text.
+    Raises:
+        ValueError: something is wrong with the model, the text or the windows, the folder is of another request, or
+            another process writes to it.
+        OSError: a store did not answer in spite of retries; what is scored is kept.
     """
-    total = 0
-    for name, path in data.items():
-        if not all(file.is_local for input_ in corpus_of([path]).inputs for file in list_files(input_)):
-            return None
-        text_bytes = sum(len(document.text.encode("utf-8")) for document in documents_of(path, text_field))
-        if not text_bytes:
-            raise ValueError(f"{name}: the documents of {path} hold no text, there is nothing to measure")
-        total += text_bytes
-    return total
-
-
-def run_job(job: EvaluationJob) -> dict[str, Any]:
-    """Evaluate in this process; returns what `--json` prints: the model, `Evaluation.as_dict()` and the precision.
-
-    Raises ValueError for whatever is wrong with the model, the corpus or the windows.
-    """
-    share = _score_share(job, rank=0, world=1)
-    return _result(job, share.model, Evaluation.of(share.model, share.windowing, [share.scores]))
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What one rank scored, and with what."""
-
-    model: LoadedModel
-    windowing: Windowing
-    scores: dict[str, Score]
-
-
-def _score_share(job: EvaluationJob, rank: int, world: int) -> _Share:
     if job.precision not in PRECISIONS:
         raise ValueError(f"precision={job.precision}: an evaluation runs in {' or '.join(PRECISIONS)}")
-    tokenizer = Path(job.tokenizer) if job.tokenizer else None
-    model = load_model(Path(job.model), job.step, tokenizer, DTYPES[job.precision])
-    windowing = Windowing.of(model.context_length, job.window, job.stride, job.batch_tokens)
-    domains = {name: documents_of(path, job.text_field) for name, path in job.data.items()}
-    with ProgressDisplay(job.total_bytes, world, shown=rank == 0) as display:
-        return _Share(model, windowing, score(model, domains, windowing, rank, world, display.update))
+    with locked(folder):
+        files = identities(job.texts)
+        if nproc == 1:
+            _sit(job, folder, files, Ranks())
+        else:
+            assert start is not None, "several ranks have to be started"
+            plain = {"job": _JOB.dump_python(job, mode="json"), "folder": str(folder), "files": files}
+            run_on_ranks("pretrain.evaluation.job", plain, nproc, start)
+        return read_facts(folder)
 
 
-def _result(job: EvaluationJob, model: LoadedModel, evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "model": model.name,
-        "step": model.step,
-        "passed_over": list(model.passed_over),
-        **evaluation.as_dict(),
-        "precision": job.precision,
-    }
+_JOB = TypeAdapter(EvaluationJob)
 
 
 def main() -> None:
-    """One of several ranks: `python -m pretrain.evaluation.job JOB.json RESULT.json`.
-
-    A user's mistake is a result, too: every rank brings its share or its error to one gathering, none leaves alone, and
-    rank 0 writes {"result": ...} or {"error": ...}.
-    """
-    job = EvaluationJob(**read_json(Path(sys.argv[1])))
-    init_process_group(detect())
-    rank, world = dist.get_rank(), dist.get_world_size()
-    share: _Share | None = None
-    failure: str | None = None
-    try:
-        share = _score_share(job, rank, world)
-    except (ValueError, FileNotFoundError) as error:
-        failure = str(error)
-    everyone: list[Any] = [None] * world
-    mine = (None, None) if share is None else (share.scores, share.model.step)
-    dist.all_gather_object(everyone, (*mine, failure), group=new_cpu_group())
-    if rank == 0:
-        write_json(Path(sys.argv[2]), _verdict(job, share, everyone))
-    dist.barrier()
-    dist.destroy_process_group()
+    """One of several ranks."""
+    rank_main(
+        lambda plain, ranks: _sit(_JOB.validate_python(plain["job"]), Path(plain["folder"]), plain["files"], ranks)
+    )
 
 
-def _verdict(job: EvaluationJob, share: _Share | None, everyone: list[Any]) -> dict[str, Any]:
-    failures = [failure for _, _, failure in everyone if failure is not None]
-    if failures:
-        return {"error": failures[0]}
-    steps = {step for _, step, _ in everyone}
-    if len(steps) > 1:  # the run went on meanwhile
-        return {"error": f"the ranks found different checkpoints of {job.model} to be the newest: choose one by --step"}
-    assert share is not None
-    try:
-        evaluation = Evaluation.of(share.model, share.windowing, [scores for scores, _, _ in everyone])
-    except ValueError as error:
-        return {"error": str(error)}
-    return {"result": _result(job, share.model, evaluation)}
+@dataclass(frozen=True)
+class _Prepared:
+    """What a rank has before it scores. request: what decides the scores."""
+
+    model: LoadedModel
+    windowing: Windowing
+    request: dict[str, Any]
+    done: DocumentSet
+    done_bytes: int
 
 
-def run_job_on_ranks(job: EvaluationJob, nproc: int, start: Callable[[str, list[str], int], None]) -> dict[str, Any]:
-    """`run_job`, shared by `nproc` local ranks that `start(module, arguments, nproc)` starts and waits for."""
-    with tempfile.TemporaryDirectory(prefix="steppe-eval-") as scratch:
-        job_path, result_path = Path(scratch) / "job.json", Path(scratch) / "result.json"
-        write_json(job_path, asdict(job))
-        start("pretrain.evaluation.job", [str(job_path), str(result_path)], nproc)
-        verdict = read_json(result_path)
-    if "error" in verdict:
-        raise ValueError(verdict["error"])
-    return verdict["result"]
+def _sit(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]], ranks: Ranks) -> None:
+    """One rank's part of a sitting."""
+    prepared = ranks.together(lambda: _prepare(job, folder, files))
+    if any(request != prepared.request for request in ranks.gather(prepared.request)):  # the run went on meanwhile
+        raise ValueError(f"the ranks found different checkpoints of {job.model} to be the newest: choose one by --step")
+    if is_finished(folder):
+        return
+    if ranks.rank == 0:
+        write_request(folder, prepared.request)
+        if prepared.done:
+            print(f"eval: {len(prepared.done):,} documents are scored already", file=sys.stderr, flush=True)
+    began = time.monotonic()
+    scored = ranks.together(lambda: _score(job, folder, prepared, ranks))
+    seconds = time.monotonic() - began
+    tokens = sum(ranks.gather(scored.tokens))
+    peak_bytes = max(ranks.gather(peak_memory_bytes(prepared.model.model.device)))
+    cost = Cost(seconds, tokens / seconds, peak_bytes, ranks.world)
+    if ranks.rank == 0:
+        write_facts(folder, _facts(job, prepared, scored.domains, cost))
+
+
+def _prepare(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]]) -> _Prepared:
+    tokenizer = Path(job.tokenizer) if job.tokenizer else None
+    model = load_model(Path(job.model), job.step, tokenizer, DTYPES[job.precision], job.offload)
+    windowing = Windowing.of(model.context_length, job.window, job.stride, job.batch_tokens)
+    if windowing.window is not None and model.longest_context is not None and windowing.window > model.longest_context:
+        raise ValueError(
+            f"window={windowing.window}: {model.name} sees at most {model.longest_context} tokens at once; lower it"
+        )
+    _, start_token = model.start_token
+    request = {
+        "step": model.step,
+        "model": model.fingerprint,
+        "tokenizer": model.tokenizer.fingerprint,
+        "start_token": start_token,
+        "precision": job.precision,
+        "window": windowing.window or WHOLE_DOCUMENT,
+        "stride": windowing.stride,
+        "texts": job.texts.model_dump(mode="json"),
+        "files": [dict(file) for file in files],
+    }
+    check_request(folder, request)
+    return _Prepared(model, windowing, request, *done(folder))
+
+
+def _score(job: EvaluationJob, folder: Path, prepared: _Prepared, ranks: Ranks) -> Scored:
+    texts = read_texts(job.texts, prepared.model.tokenizer)
+    with (
+        ProgressDisplay(job.total_bytes, prepared.done_bytes, ranks.world, shown=ranks.rank == 0) as display,
+        RecordsWriter(folder, ranks.rank) as records,
+    ):
+        return score_documents(
+            prepared.model,
+            texts,
+            prepared.windowing,
+            records,
+            ranks.rank,
+            ranks.world,
+            prepared.done,
+            display.update,
+        )
+
+
+def _facts(job: EvaluationJob, prepared: _Prepared, domains: Sequence[str], cost: Cost) -> Facts:
+    model, windowing = prepared.model, prepared.windowing
+    _, start_token = model.start_token
+    notes = list(model.notes)
+    if windowing.window is not None and windowing.window > model.context_length:
+        notes.append(f"The window is longer than the {model.context_length} tokens that the model was trained to see.")
+    return Facts(
+        model=model.name,
+        step=model.step,
+        passed_over=model.passed_over,
+        precision=job.precision,
+        offload=job.offload,
+        window=windowing.window or WHOLE_DOCUMENT,
+        stride=windowing.stride,
+        context_length=model.context_length,
+        start_token=start_token,
+        eos_scored=model.tokenizer.eos_id is not None,
+        tokenizer=model.tokenizer.fingerprint,
+        domains=tuple(domains),
+        notes=tuple(notes),
+        cost=cost,
+    )
 
 
 if __name__ == "__main__":

@@ -19,24 +19,15 @@ from pretrain.config import RunConfig
 from pretrain.device import detect, new_cpu_group
 from pretrain.engine import Engine, agree, build_engine
 from pretrain.parallel_dims import ParallelDims, gathered
-from pretrain.recipe import load_config
 from pretrain.state import TrainState
-from pretrain.validation import validate
 from tests.dist.harness import RESULTS
 from tests.dist.layouts import LONG, MATRIX, LayoutCase
-from tests.small_run import MODELS, RECIPE, rank_batches
+from tests.small_run import rank_batches
 
 STEPS = 5
 CASE_SECONDS = 60
 COMPILED_CASE_SECONDS = 300
 BY_NAME = {case.name: case for case in (*MATRIX, *LONG)}
-# Validation of a sharded model on 5 windows: whether 2 or 4 ranks share them out, in twos, some rank has none at last.
-VALIDATED = {
-    "tp2-zero3": ["parallel={tensor: 2, zero_stage: 3}"],
-    "sp2-zero3": ["parallel={sequence: 2, zero_stage: 3}"],
-    "ep2-zero3": ["parallel={expert: 2, zero_stage: 3}", f"model.moe={MODELS['moe']}"],
-}
-VALIDATION = ("precision=fp32", "evaluation.windows=5", "batch.micro_batch_size=2")
 
 
 def trained(engine: Engine, config: RunConfig, data_rank: int, data_world: int) -> dict[str, Any]:
@@ -58,13 +49,6 @@ def train(case: LayoutCase) -> dict[str, Any]:
     folder = Path(os.environ["CASE_FOLDER"]) / case.name
     path = save_checkpoint(folder, engine, TrainState(step=STEPS, position=0, tokens=0), config, None, _host_group())
     return {**result, "path": str(path)}
-
-
-def validation(overrides: list[str]) -> dict[str, float]:
-    """Loss on the held-out source of the corpus whose settings the environment carries, before any step."""
-    config = load_config(RECIPE, [*os.environ["PARITY_CORPUS"].splitlines(), *VALIDATION, *overrides])
-    dims = ParallelDims.of_this_rank(config)
-    return validate(build_engine(config, detect(), dims), config, detect(), dims, _host_group())
 
 
 def together(case: Callable[[], dict[str, Any]], seconds: int) -> dict[str, Any]:
@@ -92,11 +76,8 @@ def _host_group() -> dist.ProcessGroup:
 def _cases() -> dict[str, Callable[[], dict[str, Any]]]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
     for name in os.environ.get("PARITY_CASES", "").split():
-        if name in VALIDATED:
-            cases[name] = functools.partial(together, functools.partial(validation, VALIDATED[name]), CASE_SECONDS)
-        else:
-            seconds = COMPILED_CASE_SECONDS if BY_NAME[name].compile else CASE_SECONDS
-            cases[name] = functools.partial(together, functools.partial(train, BY_NAME[name]), seconds)
+        seconds = COMPILED_CASE_SECONDS if BY_NAME[name].compile else CASE_SECONDS
+        cases[name] = functools.partial(together, functools.partial(train, BY_NAME[name]), seconds)
     return cases
 
 

@@ -11,6 +11,7 @@ import torch
 
 from pretrain.checkpoint.folder import newest_checkpoint
 from pretrain.checkpoint.index import read_index
+from pretrain.run_dir import read_events
 from tests.conftest import Corpus, Steppe
 from tests.small_disk import mount, unmount
 
@@ -116,19 +117,17 @@ def test_data_that_does_not_serve(steppe: Steppe, corpus: Corpus, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_damage_in_held_out_data_ends_all_ranks_after_the_checkpoint(
+def test_damage_in_held_out_data_ends_all_ranks_before_the_first_step(
     steppe: Steppe, corpus: Corpus, tmp_path: Path
 ) -> None:
     damaged = Path(shutil.copytree(corpus.held_out, tmp_path / "damaged"))
     (shard,) = damaged.glob("*.bin")
     shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
     held_out = f"evaluation.sources=[{{name: held-out, path: '{damaged}'}}]"
-    settings = corpus.settings(held_out, "checkpoint.every_steps=6")
-    done = steppe("train", "58m", "--nproc", 2, "--run-dir", tmp_path / "run", *settings, code=2)
+    run = tmp_path / "run"
+    done = steppe("train", "58m", "--nproc", 2, "--run-dir", run, *corpus.settings(held_out), code=2)
     assert f"{shard.name} is damaged in block 0" in one_line(done.stderr)
-    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
-    assert newest is not None
-    assert read_index(newest).step == 6
+    assert not read_events(run / "events.jsonl", "step")
 
 
 def test_a_flipped_bit_stops_all_ranks_together_with_a_checkpoint(

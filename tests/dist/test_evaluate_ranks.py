@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from launch.ranks import run_ranks
-from pretrain.evaluation.job import EvaluationJob, run_job, run_job_on_ranks, survey
+from pretrain.evaluation.folder import FACTS_NAME
+from pretrain.evaluation.job import EvaluationJob, evaluate_job
+from pretrain.evaluation.record import DocumentScore, read_positions, read_scores
+from pretrain.evaluation.texts import texts_config
 from tests.tiny_hf import TEXTS, tiny_hf_folder
 
 
@@ -16,29 +19,42 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> EvaluationJob:
     folder = tmp_path_factory.mktemp("eval")
     for name, texts in (("a", TEXTS * 3), ("b", TEXTS[1:2])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    data = {name: str(folder / f"{name}.jsonl") for name in ("a", "b")}
-    model = tiny_hf_folder(folder / "hf")
-    return EvaluationJob(str(model), data, window=32, stride=8, batch_tokens=128, total_bytes=survey(data, "text"))
+    config = texts_config([f"{name}={folder / name}.jsonl" for name in ("a", "b")])
+    return EvaluationJob(str(tiny_hf_folder(folder / "hf")), config, window=32, stride=8, batch_tokens=128)
+
+
+def scores_in(folder: Path) -> list[DocumentScore]:
+    return sorted(read_scores(folder), key=lambda score: score.index)
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(job: EvaluationJob) -> None:
-    alone, together = run_job(job), run_job_on_ranks(job, 2, run_ranks)
-    assert together.keys() == alone.keys()
-    pairs = [(alone, together), *((alone["by_domain"][name], together["by_domain"][name]) for name in ("a", "b"))]
-    for expected, found in pairs:
-        for key in ("tokens", "bytes", "documents"):
-            assert found[key] == expected[key]
-        for key in ("loss", "perplexity", "bits_per_byte"):
-            assert found[key] == pytest.approx(expected[key], rel=1e-6)
-    for key in ("model", "step", "window", "stride", "start_token", "eos_scored", "precision"):
-        assert together[key] == alone[key]
+def test_two_ranks_equal_one_and_go_on_where_it_was(job: EvaluationJob, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    facts = evaluate_job(job, alone)
+    # What two ranks go on from: some documents of a sitting of one rank that never came to its end.
+    evaluate_job(job, together)
+    (together / FACTS_NAME).unlink()
+    records = together / "records" / "rank_00000.jsonl"
+    lines = records.read_text().splitlines(keepends=True)
+    records.write_text("".join([*lines[:4], '{"positions": {"0": [4, 1.0]}}\n', *lines[4:9]]))
+    kept = {score.index for score in read_scores(together)}
+    assert len(kept) == 4
+    shared = evaluate_job(job, together, 2, run_ranks)
+    assert replace(shared, cost=facts.cost) == facts
+    assert shared.cost.ranks == 2
+    for expected, found in zip(scores_in(alone), scores_in(together), strict=True):
+        assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+        assert replace(found, nats=0.0) == replace(expected, nats=0.0)
+    assert (together / "records" / "rank_00001.jsonl").stat().st_size > 0
+    tokens = sum(score.tokens for score in read_scores(alone))
+    assert sum(position.tokens for position in read_positions(alone)) == tokens
+    assert evaluate_job(job, together, 2, run_ranks) == shared
 
 
 @pytest.mark.slow
 def test_a_mistake_on_a_rank_is_told_by_the_parent(job: EvaluationJob, tmp_path: Path) -> None:
-    # The second document is broken, which only the rank that reads that far finds out, while the model runs.
+    # Ranks find out while they read, when the model is loaded and the other rank may be at work.
     broken = tmp_path / "broken.jsonl"
     broken.write_bytes(json.dumps({"text": TEXTS[1]}).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ValueError, match=r"broken.jsonl:2: invalid UTF-8"):
-        run_job_on_ranks(replace(job, data={"broken": str(broken)}, total_bytes=None), 2, run_ranks)
+        evaluate_job(replace(job, texts=texts_config([str(broken)])), tmp_path / "out", 2, run_ranks)

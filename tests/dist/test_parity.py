@@ -24,14 +24,9 @@ from torch import Tensor
 from pretrain.checkpoint.read import read_weights
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
-from pretrain.parallel_dims import ParallelDims
-from pretrain.recipe import load_config
-from pretrain.validation import validate
-from tests.conftest import Corpus
 from tests.dist.harness import finished_cases, run_cases
 from tests.dist.layouts import LONG, MATRIX, LayoutCase
-from tests.dist.parity_cases import VALIDATED, VALIDATION, trained
-from tests.small_run import RECIPE
+from tests.dist.parity_cases import trained
 
 # The first test of a world waits for all its layouts; those of `make test-long` take some twenty minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -60,20 +55,15 @@ def run_all(names: Sequence[str], world: int, folder: Path, patch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def results(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, corpus: Corpus
-) -> Iterator[Results]:
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     """Results of the cases that this session selected, by world and name; each world's ranks are started once."""
     chosen: dict[int, list[str]] = {}
     for item in request.session.items:
         if item.path == request.path:
-            parameters = item.callspec.params  # type: ignore[attr-defined]
-            case = parameters.get("case")
-            world, name = (4, parameters["overrides"]) if case is None else (case.world, case.name)
-            chosen.setdefault(world, []).append(name)
+            case = item.callspec.params["case"]  # type: ignore[attr-defined]
+            chosen.setdefault(case.world, []).append(case.name)
     folder = tmp_path_factory.mktemp("parity")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PARITY_CORPUS", "\n".join(corpus.settings()[1::2]))
         by_world = functools.cache(lambda world: run_all(chosen[world], world, folder, patch))
 
         def result_of(world: int, name: str) -> Any:
@@ -122,14 +112,3 @@ def test_every_layout_is_the_same_model(results: Results, case: LayoutCase) -> N
         for name, weight in weights.items():
             if not name.endswith("router.bias"):  # which moves by the sign of a load that a token tips
                 assert (weight - after[name]).norm() <= allowed * (after[name] - before[name]).norm(), name
-
-
-@pytest.mark.parametrize("overrides", VALIDATED)
-def test_validation_on_uneven_windows(results: Results, corpus: Corpus, overrides: str) -> None:
-    """Every rank makes as many forwards as the others, with nothing in the last of them, and no window counts twice."""
-    found = results(4, overrides)
-    config = load_config(RECIPE, [*corpus.settings()[1::2], *VALIDATION, *VALIDATED[overrides][1:]])
-    engine = TorchEngine(build_decoder(config, CPU, torch.float32), config, CPU)
-    alone = validate(engine, config, CPU, ParallelDims.of_this_rank(config), None)
-    assert found == pytest.approx(alone, rel=1e-5)
-    assert 6 < found["held-out"] < 7  # ln 600

@@ -49,8 +49,8 @@ def test_one_file_names_devices_and_backends() -> None:
         for path in SOURCES
         if any(word in path.read_text() for word in words) and path.parts[-2] == "pretrain"
     }
-    # The other two name "cpu" as where offloaded state waits, as DeepSpeed does.
-    assert users == {"pretrain/device.py", "pretrain/config.py", "pretrain/memory.py"}
+    # The others name "cpu" as where offloaded state or weights wait, as DeepSpeed and accelerate do.
+    assert users == {"pretrain/device.py", "pretrain/config.py", "pretrain/memory.py", "pretrain/offload.py"}
 
 
 def test_init_files_are_empty() -> None:

@@ -88,8 +88,8 @@ class MadeUpRun:
 
     def validates(self, seconds: float) -> None:
         self.passes("validation", seconds)
-        losses = {"a": 2 + 9 / max(1, self.step)}
-        self.write("evaluation", step=self.step, tokens=0, losses=losses, seconds=seconds)
+        by_source = {"a": {"loss": 2 + 9 / max(1, self.step), "bits_per_byte": 1.25}}
+        self.write("evaluation", step=self.step, tokens=0, by_source=by_source, seconds=seconds)
 
     def rewinds(self, to_step: int, seconds: float) -> None:
         self.reports()

@@ -23,7 +23,8 @@ def steppe(*arguments: object) -> Result:
 def run(tmp_path: Path) -> RunDir:
     """With checkpoints of steps 10 and 20, and a validation at 20."""
     made = write_run(tmp_path / "run")
-    made.events_path.write_text(event_line("evaluation", {"step": 20, "tokens": 0, "losses": {"a": 1.0, "b": 3.0}}))
+    scores = {"a": {"loss": 1.0}, "b": {"loss": 3.0}}
+    made.events_path.write_text(event_line("evaluation", {"step": 20, "tokens": 0, "by_source": scores}))
     return made
 
 

@@ -138,7 +138,7 @@ def test_a_curve_is_read_from_a_run(tmp_path: Path) -> None:
     events: list[tuple[str, dict[str, Any]]] = [
         ("step", {"step": 1, "loss": 3.0, "grad_norm": 1.0}),
         ("step", {"step": 2, "loss": 2.0, "grad_norm": 0.5}),
-        ("evaluation", {"step": 2, "losses": {"a": 2.5, "b": 2.25}}),
+        ("evaluation", {"step": 2, "by_source": {"a": {"loss": 2.5}, "b": {"loss": 2.25}}}),
     ]
     run.events_path.write_text("".join(event_line(*event) for event in events))
     assert figures(run) == {"losses": [3.0, 2.0, 2.5, 2.25], "gradient norms": [1.0, 0.5]}

@@ -59,7 +59,8 @@ def write_run(path: Path, steps: int, moe: bool = False) -> RunDir:
         made.makes_step(1.0, waits=0.1, skipped=number == 3, loss=loss, expert_load_max_over_mean=load)
         if number == steps // 2:
             made.starts_save(0.2)
-            made.write("evaluation", step=made.step, tokens=0, losses={EVIL: 2.0, "_code": 1.0}, seconds=0.0)
+            scores = {EVIL: {"loss": 2.0, "bits_per_byte": 1.0}, "_code": {"loss": 1.0, "bits_per_byte": 0.5}}
+            made.write("evaluation", step=made.step, tokens=0, by_source=scores, seconds=0.0)
             made.reports()
             made.write("straggler", step=made.step, rank=3, host=EVIL, ratio=2.0)
         if number == steps // 2 + 2 and not any(event["type"] == "rewind" for event in made.events):

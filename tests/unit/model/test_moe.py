@@ -183,6 +183,9 @@ def test_counts_of_a_sequence_are_asked_for_once_and_only_if_needed() -> None:
         moe(tokens())
         assert len(asked) == times
         assert all(counts.sum(-1).tolist() == [30, 30] for counts in asked)
+        _, auxiliary = moe.eval()(tokens())  # of which nobody learns
+        assert len(asked) == times
+        assert auxiliary == 0
         asked.clear()
 
 

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from data_pipeline.tokenizer import Tokenizer
 from pretrain.generation.generate import generate
+from pretrain.generation.options import GenerationOptions
 from pretrain.hf_export import export
 from pretrain.hf_import import import_model
 from pretrain.load_model import load_model
@@ -27,7 +28,7 @@ def test_a_hugging_face_folder_writes_text(hf: Path) -> None:
     assert model.tokenizer.vocab_size == VOCAB_SIZE - 5
     assert model.start_token == (0, "bos")
     assert model.tokenizer.encode(BOS) != [0]
-    assert generate(model, "The steppe", max_new_tokens=4, temperature=0.0, seed=0).tokens
+    assert generate(model, ["The steppe"], GenerationOptions(max_new_tokens=4))[0].tokens
 
 
 def test_it_goes_through_a_checkpoint_and_comes_back(hf: Path, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer_training import train_tokenizer
+from model.decoder import Decoder
 from pretrain.checkpoint.folder import checkpoint_path
 from pretrain.engine import build_decoder
-from pretrain.load_model import load_model
+from pretrain.language_model import OwnModel
+from pretrain.load_model import LoadedModel, load_model
 from pretrain.run_dir import RunDir
 from tests.checkpoint_edit import edit_index
 from tests.tiny_hf import TEXTS, VOCAB_SIZE, tiny_hf_folder
@@ -37,6 +39,11 @@ def hf(tmp_path: Path) -> Path:
     return tiny_hf_folder(tmp_path / "hf")
 
 
+def decoder_of(loaded: LoadedModel) -> Decoder:
+    assert isinstance(loaded.model, OwnModel)
+    return loaded.model.decoder
+
+
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -44,14 +51,14 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 def test_a_run_is_its_newest_checkpoint(run: RunDir) -> None:
     model = load_model(run.path)
     assert (model.step, model.context_length, model.name) == (20, 48, str(run.path))
-    assert same(model.model.decoder.state_dict(), initial_weights(run, 20))
-    assert not any(parameter.requires_grad for parameter in model.model.decoder.parameters())
+    assert same(decoder_of(model).state_dict(), initial_weights(run, 20))
+    assert not any(parameter.requires_grad for parameter in decoder_of(model).parameters())
 
 
 def test_a_run_at_a_step(run: RunDir) -> None:
     model = load_model(run.path, step=10)
     assert model.step == 10
-    assert same(model.model.decoder.state_dict(), initial_weights(run, 10))
+    assert same(decoder_of(model).state_dict(), initial_weights(run, 10))
 
 
 def test_a_checkpoint_folder_takes_its_runs_tokenizer(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +97,7 @@ def test_a_hugging_face_folder_gives_transformers_logits(hf: Path) -> None:
     tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
     with torch.no_grad():
         expected = LlamaForCausalLM.from_pretrained(hf)(tokens).logits
-        found = model.model.decoder.logits(model.model.decoder.hidden(tokens))
+        found = decoder_of(model).logits(decoder_of(model).hidden(tokens))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (model.step, model.context_length) == (None, 64)
 
@@ -104,7 +111,7 @@ def test_a_claimed_context_is_bounded(hf: Path, claimed: int | None, used: int) 
 
 
 def test_weights_take_the_asked_dtype(hf: Path) -> None:
-    assert {p.dtype for p in load_model(hf, dtype=torch.bfloat16).model.decoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in decoder_of(load_model(hf, dtype=torch.bfloat16)).parameters()} == {torch.bfloat16}
 
 
 def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
@@ -112,8 +119,8 @@ def test_a_run_with_experts_has_its_routers_in_fp32(tmp_path: Path) -> None:
     run = write_run(tmp_path / "moe", moe=MOE)
     expected = initial_weights(run, 20)
     expected["layers.1.mlp.router.bias"] = torch.full((4,), 20.0)
-    assert same(load_model(run.path).model.decoder.state_dict(), expected)
-    rough = load_model(run.path, dtype=torch.bfloat16).model.decoder.state_dict()
+    assert same(decoder_of(load_model(run.path)).state_dict(), expected)
+    rough = decoder_of(load_model(run.path, dtype=torch.bfloat16)).state_dict()
     rounded = {name: tensor if ".router." in name else tensor.bfloat16() for name, tensor in expected.items()}
     assert same(rough, rounded)
     assert {name for name, tensor in rough.items() if tensor.dtype == torch.float32} == {
@@ -141,10 +148,10 @@ def test_a_folder_of_mixtral_gives_transformers_logits(hf: Path) -> None:
     theirs.save_pretrained(hf)
     model = load_model(hf)
     tokens = torch.tensor([[1, *model.tokenizer.encode(TEXTS[0])]])
-    found = model.model.decoder.logits(model.model.decoder.hidden(tokens))
+    found = decoder_of(model).logits(decoder_of(model).hidden(tokens))
     torch.testing.assert_close(found, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    assert model.model.decoder.config.moe is not None
-    rough = load_model(hf, dtype=torch.bfloat16).model.decoder
+    assert decoder_of(model).config.moe is not None
+    rough = decoder_of(load_model(hf, dtype=torch.bfloat16))
     assert {p.dtype for name, p in rough.named_parameters() if ".router." in name} == {torch.float32}
     assert {p.dtype for name, p in rough.named_parameters() if ".router." not in name} == {torch.bfloat16}
     assert rough(tokens, tokens).total.isfinite()
@@ -165,6 +172,45 @@ def test_a_run_without_a_checkpoint_is_refused(run: RunDir) -> None:
 def test_a_step_that_was_not_kept_is_refused(run: RunDir) -> None:
     with pytest.raises(ValueError, match="--step 15: .* it keeps 10, 20"):
         load_model(run.path, step=15)
+
+
+def validated(run: RunDir, losses: dict[int, float]) -> None:
+    """As the training loop records its validations, two sources each."""
+    lines = [
+        {"type": "evaluation", "time": 0.0, "step": step, "by_source": {name: {"loss": loss} for name in ("a", "b")}}
+        for step, loss in losses.items()
+    ]
+    run.events_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_best_is_the_checkpoint_of_the_lowest_validation_loss(run: RunDir) -> None:
+    validated(run, {5: 1.0, 10: 2.0, 20: 3.0})
+    assert load_model(run.path, step="best").step == 10  # of step 5 there is none
+    validated(run, {10: 2.0, 20: 1.5})
+    assert load_model(run.path, step="best").step == 20
+    (checkpoint_path(run.checkpoints, 20) / "rank-00000.safetensors").unlink()
+    assert load_model(run.path, step="best").step == 10
+
+
+def test_without_a_validation_there_is_no_best(run: RunDir, hf: Path) -> None:
+    with pytest.raises(ValueError, match="--step best: .* was never validated: name a step, it keeps 10, 20"):
+        load_model(run.path, step="best")
+    validated(run, {5: 1.0})
+    with pytest.raises(
+        ValueError, match="--step best: of the steps at which .* it keeps no whole checkpoint: .* 10, 20"
+    ):
+        load_model(run.path, step="best")
+    with pytest.raises(ValueError, match="--step best: only a run has several steps"):
+        load_model(hf, step="best")
+
+
+def test_a_fingerprint_is_of_the_weights_wherever_they_lie(run: RunDir, tmp_path: Path) -> None:
+    """One checkpoint, its copy and its bf16 load share it; another step does not."""
+    alone = tmp_path / "alone"
+    shutil.copytree(checkpoint_path(run.checkpoints, 20), alone)
+    found = {load_model(run.path, dtype=dtype).fingerprint for dtype in (torch.float32, torch.bfloat16)}
+    assert found == {load_model(alone).fingerprint}
+    assert load_model(run.path, step=10).fingerprint not in found
 
 
 def test_a_step_of_what_has_none_is_refused(run: RunDir, hf: Path) -> None:

@@ -2,11 +2,14 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.evaluation.score import Score
 from pretrain.progress import StepProgress
 from pretrain.recorder import RunRecorder
 from pretrain.run_dir import RunDir, event_line, open_events, read_events
@@ -28,13 +31,34 @@ STEP = {
 def test_events_keep_every_digit_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
     recorder.step(step=1, **STEP)
-    recorder.validation(1, 4096, {"a": 2.5}, 0.1)
+    recorder.validation(1, 4096, {"a": Score(nats=6.0, tokens=2, bytes=4, documents=1)}, 0.1)
     recorder.close()
     with open(tmp_path / "events.jsonl", "a") as events:
         events.write(event_line("step", {**STEP, "step": 2})[:50])
     (step,) = read_events(tmp_path / "events.jsonl", "step")
     assert (step["loss"], step["grad_norm"]) == (0.1 + 0.2, 1 / 3)
     assert [event["type"] for event in read_events(tmp_path / "events.jsonl")] == ["step", "evaluation"]
+
+
+def test_validation_is_told_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recorder = RunRecorder(RunDir(tmp_path), 0, 10, None)
+    recorder.validation(
+        3, 4096, {"a b": Score(nats=6.0, tokens=2, bytes=4, documents=1), "lost": Score(math.nan, 2, 4, 1)}, 0.5
+    )
+    recorder.close()
+    (event,) = read_events(tmp_path / "events.jsonl", "evaluation")
+    assert (event["step"], event["tokens"], event["seconds"]) == (3, 4096, 0.5)
+    counts = {"tokens": 2, "bytes": 4, "documents": 1}
+    measures = {"loss": 3.0, "perplexity": math.exp(3), "bits_per_byte": 1.5 / math.log(2)}
+    assert event["by_source"]["a b"] == measures | counts
+    assert math.isnan(event["by_source"]["lost"]["loss"])
+    assert "step 3: validation a b 3.0000 (2.1640 bits/byte), lost nan (nan bits/byte)" in capsys.readouterr().err
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    shown = {name: board.Scalars(f"validation/a b_{name}") for name in ("perplexity", "bits_per_byte")}
+    assert {name: (one.step, one.value) for name, (one,) in shown.items()} == {
+        "perplexity": (3, pytest.approx(math.exp(3))),
+        "bits_per_byte": (3, pytest.approx(1.5 / math.log(2))),
+    }
 
 
 def test_a_line_that_is_torn_or_no_event_takes_no_other_along(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from data_pipeline.corpus.config import InputConfig, corpus_of
 from data_pipeline.corpus.document import Rejected
 from data_pipeline.corpus.formats import format_of
-from data_pipeline.corpus.listing import InputFile, corpus_bytes, list_files
+from data_pipeline.corpus.listing import InputFile, corpus_bytes, first_folder, list_files
 
 
 @pytest.fixture
@@ -74,6 +74,29 @@ def test_a_file_that_changes_is_another(tmp_path: Path) -> None:
     assert listed(path)[0] == first
     path.write_text("yy")
     assert listed(path)[0] != first
+
+
+def test_the_folder_that_a_file_lies_in(folder: Path) -> None:
+    def folders(path: Path | str) -> list[str]:
+        input_ = InputConfig(path=str(path))
+        return [first_folder(file, input_) for file in list_files(input_)]
+
+    assert folders(folder) == folders(f"{folder}/") == folders(f"file://{folder}") == [".", ".", "sub", "sub"]
+    assert folders(f"{folder}/**/*.gz") == ["sub"]
+    assert folders(f"{folder}/sub/**") == [".", "deep"]
+    assert folders(f"{folder.parent}/c*/sub/**") == ["corpus", "corpus"]
+    assert folders(folder / "a.txt") == ["."]
+    assert first_folder(InputFile("owner/name", "hub", None, "commit"), InputConfig(path="owner/name")) == "."
+
+
+def test_token_shards_are_no_text(folder: Path) -> None:
+    for name in ("manifest.json", "shard_00000.bin", "shard_00000.idx"):
+        (folder / "sub" / name).write_text("{}")
+    with pytest.raises(ValueError, match=rf"corpus holds token shards, .* or for an evaluation {folder}/sub"):
+        list_files(InputConfig(path=str(folder)))
+    assert len(list_files(InputConfig(path=str(folder), format="text"))) == 7
+    (folder / "sub" / "shard_00000.idx").unlink()
+    assert len(list_files(InputConfig(path=str(folder)))) == 6  # another's manifest.json is a text
 
 
 @pytest.mark.parametrize(

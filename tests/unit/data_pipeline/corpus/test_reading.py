@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from data_pipeline.corpus.config import CorpusConfig, InputConfig, corpus_of
-from data_pipeline.corpus.document import Document, Rejected
+from data_pipeline.corpus.document import Document, Grouping, Rejected
 from data_pipeline.corpus.listing import corpus_bytes
 from data_pipeline.corpus.reading import read_documents, read_file
 from tests.unit.data_pipeline.corpus.reading_helpers import TEXTS, as_lines, only_file, read, texts_of
@@ -236,6 +236,48 @@ def test_a_corpus_of_which_nothing_meets_the_conditions_says_so(tmp_path: Path) 
     corpus = CorpusConfig(inputs=(InputConfig.model_validate({"path": str(path), "where": {"lang": "en"}}),))
     with pytest.raises(ValueError, match="4 documents left out by where"):
         list(read_documents(corpus))
+
+
+def test_documents_are_grouped_by_a_field(tmp_path: Path) -> None:
+    values = ["en", 3, 0.5, True, None, "", ["en"], {"x": 1}, "left out"]
+    rows = [{"text": f"text {at}", "meta": {"lang": value}, "keep": at < 8} for at, value in enumerate(values)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "text 9", "keep": True}]))
+    corpus = CorpusConfig(inputs=(InputConfig.model_validate({"path": str(path), "where": {"keep": True}}),))
+    rejected: list[Rejected] = []
+    left_out: list[int] = []
+    by_language = Grouping(by_field="meta.lang")
+    documents = list(read_documents(corpus, rejected.append, on_left_out=left_out.append, grouping=by_language))
+    assert [(document.index, document.group) for document in documents] == [
+        (0, "en"),
+        (1, "3"),
+        (2, "0.5"),
+        (3, "true"),
+    ]
+    assert [(record.line, record.reason) for record in rejected] == [
+        (5, "no field 'meta.lang' to group by"),
+        (6, "field 'meta.lang', to group by, is empty"),
+        (7, "field 'meta.lang', to group by, is no text or number but list"),
+        (8, "field 'meta.lang', to group by, is no text or number but dict"),
+        (10, "no field 'meta.lang' to group by"),
+    ]
+    assert [record.raw for record in rejected] == [f"text {at}".encode() for at in (4, 5, 6, 7, 9)]
+    assert left_out == [6]
+    assert {document.group for document in read_documents(corpus)} == {None}
+
+
+def test_documents_are_grouped_by_folder(tmp_path: Path) -> None:
+    for name in ("a.txt", "en/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    documents = read_documents(corpus_of([tmp_path]), grouping=Grouping(by_folder=True))
+    assert [(document.text, document.group) for document in documents] == [("a.txt", "."), ("en/b.txt", "en")]
+
+
+def test_plain_text_has_no_field_to_group_by(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(ValueError, match="a.txt is plain text, which has no field 'lang' to group by: group by folder"):
+        list(read_documents(corpus_of([tmp_path]), grouping=Grouping(by_field="lang")))
 
 
 def test_a_file_that_changes_is_no_corpus(tmp_path: Path) -> None:

@@ -79,12 +79,13 @@ def test_a_run_that_is_lost(trained: tuple[RunDir, MadeUpRun]) -> None:
     assert (found.state, found.step, found.total_steps, found.job_id) == ("lost", 5, 8, None)
     assert found.checkpoint is not None
     assert found.checkpoint["step"] == 5
-    assert found.validation == {"step": 5, "losses": {"a": 2 + 9 / 5}}
+    assert found.validation == {"step": 5, "by_source": {"a": {"loss": 2 + 9 / 5, "bits_per_byte": 1.25}}}
     assert [row["ended"] for row in found.attempts] == ["killed"]
     json.dumps(found.as_json())
     shown = text_of(run_view(found))
     assert "lost: its processes are gone, and have not said why" in shown
     assert "5 of 8 (62.5%)" in shown
+    assert "step 5: a 3.8000 (1.2500 bits/byte)" in shown
 
 
 def test_a_run_under_way(trained: tuple[RunDir, MadeUpRun]) -> None:
