@@ -38,7 +38,7 @@ class Other:
         from pretrain.evaluation.folder import read_facts
 
         if not self.is_evaluation:
-            check_model(self.path, self.step)
+            check_model(self.path, self.step, "--compare-step")
             return
         if self.step is not None:
             raise ValueError(f"--compare-step {self.step}: {self.path} is an evaluation, which has its step already")
@@ -54,12 +54,16 @@ class Other:
             raise ValueError(f"--compare {self.path} {which} {name}: name the same texts, grouped alike")
 
 
-def check_model(path: Path, step: int | Literal["best"] | None) -> None:
-    """Raise ValueError if there is no model, or not that step of it. Reads no weights."""
+def check_model(path: Path, step: int | Literal["best"] | None, option: str = "--step") -> None:
+    """Raise ValueError if there is no model, or not that step of it. Reads no weights. option: that named the step."""
     from pretrain.choose_checkpoint import checkpoint_of
 
-    if not (path / "config.json").is_file() or step is not None:
+    if (path / "config.json").is_file() and step is None:
+        return
+    try:
         checkpoint_of(path, step, [])
+    except ValueError as error:
+        raise ValueError(str(error).replace("--step ", f"{option} ")) from None
 
 
 @contextmanager

@@ -6,7 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.evaluation_plots import Histogram, documents_plot, positions_plot
-from launch.evaluation_words import INTERVAL, cost, differences_of, number, scores_of, span, task_rows, title, verdict
+from launch.evaluation_words import (
+    INTERVAL,
+    computed,
+    cost,
+    differences_of,
+    number,
+    scores_of,
+    span,
+    task_rows,
+    title,
+    verdict,
+)
 from launch.report import page
 from launch.report_plots import REST, colours_of
 from pretrain.evaluation.record import DocumentScore
@@ -88,14 +99,13 @@ def evaluation_page(result: Mapping[str, Any], scores: Iterable[DocumentScore]) 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The first lines of the page: name and value."""
-    offload = f", weights on {result['offload']}" if result["offload"] else ""
-    facts = [("computed in", f"{result['precision']}{offload}")]
+    facts = [("computed in", computed(result))]
     if "by_domain" in result:
         stride = "" if result["stride"] is None else f", stride {result['stride']}"
         facts.append(("window", f"{result['window']}{stride}"))
         counts = (f"{result[name]:,} {name}" for name in ("documents", "words", "bytes", "tokens"))
         facts.append(("texts", ", ".join(counts)))
-        facts.append(("took", cost(result)))
+    facts.append(("took", cost(result)))
     return facts + [("passed over", reason) for reason in result["passed_over"]]
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from launch.evaluation_words import (
     INTERVAL,
+    computed,
     context,
     cost,
     differences_of,
@@ -60,7 +61,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         point = Table.grid(padding=(0, 1))
         point.add_row("-", Text(convention))
         console.print(point)
-    console.print(Text(cost(result), style="dim"))
+    console.print(Text(f"computed in {computed(result)}: {cost(result)}", style="dim"))
 
 
 def _show_texts(result: Mapping[str, Any], console: Console) -> None:

@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.status_view import duration
+from pretrain.evaluation.conventions import FEW_DOCUMENTS
 from pretrain.evaluation.score import LEVEL
 
 INTERVAL = f"{100 * LEVEL:g} % interval"
+FEW = ", of few documents"
+DIGITS = 4  # of an interval's bounds, after the point
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -32,14 +35,17 @@ def scores_of(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def differences_of(compared: Mapping[str, Any], measure: str) -> dict[str, Mapping[str, Any]]:
-    """Of a comparison the differences in one measure, by domain as `scores_of`."""
-    return {name: score["measures"][measure] for name, score in scores_of(compared).items()}
+    """Of a comparison the differences in one measure with the number of documents, by domain as `scores_of`."""
+    return {
+        name: {**score["measures"][measure], "documents": score["documents"]}
+        for name, score in scores_of(compared).items()
+    }
 
 
 def number(value: float | None) -> str:
-    """A perplexity, which may be anything from 1 upwards, in at most eight characters; None is one beyond fp64."""
+    """A perplexity, which may be anything from 1 upwards, in at most eight characters; a dash where there is none."""
     if value is None:
-        return "inf"
+        return "-"
     if value >= 1e5:
         return f"{value:.2e}"
     return f"{value:.3f}" if value < 1000 else f"{value:,.1f}"
@@ -47,7 +53,7 @@ def number(value: float | None) -> str:
 
 def span(interval: Sequence[float] | None, sign: str = "") -> str:
     """An interval; a dash where there is none."""
-    return "-" if interval is None else " to ".join(f"{bound:{sign}.4f}" for bound in interval)
+    return "-" if interval is None else " to ".join(f"{bound:{sign}.{DIGITS}f}" for bound in interval)
 
 
 def context(bucket: Mapping[str, Any]) -> str:
@@ -57,11 +63,22 @@ def context(bucket: Mapping[str, Any]) -> str:
 
 
 def verdict(difference: Mapping[str, Any]) -> str:
-    """What a difference (this model less the other, so that less is better) says of this model."""
+    """What a difference (this model less the other, so that less is better) says of this model.
+
+    Bounds count as `span` shows them: what is below that is the rounding of a forward pass. Of few documents it says
+    so, for their interval is too narrow: two that differ at random are both on one side of 0 every other time.
+    """
     if difference["interval"] is None:
         return "one document tells nothing"
-    low, high = difference["interval"]
-    return "better" if high < 0 else "worse" if low > 0 else "no difference shown"
+    low, high = (round(bound, DIGITS) for bound in difference["interval"])
+    if low <= 0 <= high:
+        return "no difference shown"
+    return ("better" if high < 0 else "worse") + (FEW if difference["documents"] < FEW_DOCUMENTS else "")
+
+
+def computed(result: Mapping[str, Any]) -> str:
+    """What the model computed in, and where its weights were."""
+    return f"{result['precision']}, weights on {result['offload']}" if result["offload"] else result["precision"]
 
 
 def cost(result: Mapping[str, Any]) -> str:
@@ -69,18 +86,27 @@ def cost(result: Mapping[str, Any]) -> str:
     spent = result["cost"]
     ranks = f" on {spent['ranks']} ranks" if spent["ranks"] > 1 else ""
     speed = f", {spent['tokens_per_second']:,.0f} tokens/s" if spent["tokens_per_second"] else ""
-    memory = f", peak memory {spent['peak_memory_bytes'] / 1e9:.2f} GB" if spent["peak_memory_bytes"] else ""
+    of = " of a rank" if spent["ranks"] > 1 else ""
+    memory = f", peak memory{of} {spent['peak_memory_bytes'] / 1e9:.2f} GB" if spent["peak_memory_bytes"] else ""
     return f"{duration(spent['seconds'])}{ranks}{speed}{memory}"
 
 
 def task_rows(tasks: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str, str]]:
-    """Of benchmarks, each metric of each task: (task, metric, value, standard error, shots, version)."""
+    """Of benchmarks, each metric of each task: (task, metric, value, standard error, shots, version). A value that is
+    no number is a dash: a metric that failed is not passed over."""
     for task, found in tasks["results"].items():
         shots, version = (str(tasks[about].get(task, "-")) for about in ("n-shot", "versions"))
         for key, value in found.items():
             name, comma, kind = key.partition(",")
-            if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or name.endswith("_stderr"):
                 continue
             error = found.get(f"{name}_stderr,{kind}")
             metric = name if kind == "none" else f"{name} ({kind})"
-            yield task, metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "-", shots, version
+            yield task, metric, _measured(value), _measured(error), shots, version
+
+
+def _measured(value: Any) -> str:
+    """A metric of any size: some are perplexities, of words even."""
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4e}"

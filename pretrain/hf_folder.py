@@ -78,9 +78,13 @@ class HuggingFaceFolder:
 
 class FolderTensors(Mapping[str, Tensor]):
     """The tensors of a folder by name, each read when it is asked for: memory need not hold a layer's experts stacked
-    and by themselves for all layers at once."""
+    and by themselves for all layers at once.
+
+    entry: the file that says where they are, of the two that a folder may have.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.entry = INDEX_NAME if (folder / INDEX_NAME).is_file() else SINGLE_NAME
         self._files: dict[str, SafetensorsFile] = {}
         for file, names in _weight_files(folder).items():
             if not file.is_file():

@@ -168,14 +168,19 @@ def read_events(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 def parsed_events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """The events of lines, one by one: a long run's need not be in memory together. A line that is torn, or no event,
-    is left out."""
+    """The events of lines, one by one: a long run's need not be in memory together.
+
+    A line that is torn, or no event, is left out; and so are validations of earlier releases, which scored windows of
+    the stream rather than documents: nothing can be compared with them.
+    """
     for line in lines:
         try:
             event = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError):
             continue
-        if isinstance(event, dict) and {"type", "time"} <= event.keys():
+        if not isinstance(event, dict) or not {"type", "time"} <= event.keys():
+            continue
+        if event["type"] != "evaluation" or "by_source" in event:
             yield event
 
 

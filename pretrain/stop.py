@@ -14,6 +14,18 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LAUNCHER = "STEPPE_LAUNCHER"  # the launcher's process id, for the ranks that it starts
 
 
+def launcher() -> int:
+    """The launcher's process id. A rank whose launcher has died already has another parent by now."""
+    return int(os.environ.get(LAUNCHER, os.getppid()))
+
+
+def when_launcher_dies(number: signal.Signals, launcher: int) -> None:
+    """Have the kernel send this process a signal then."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != launcher:  # it died just before the kernel was told
+        os.kill(os.getpid(), number)
+
+
 class StopRequest:
     """SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (a job near its time limit) ask for: finish the step, checkpoint, end with
     exit code 75.
@@ -27,18 +39,12 @@ class StopRequest:
         self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._ask)
-        # A rank whose launcher died before this line has another parent by now.
-        self._launcher = int(os.environ.get(LAUNCHER, os.getppid()))
-        self._when_launcher_dies(signal.SIGKILL)
+        self._launcher = launcher()
+        when_launcher_dies(signal.SIGKILL, self._launcher)
 
     def begin(self) -> None:
         """From here on there is something to save."""
-        self._when_launcher_dies(signal.SIGTERM)
-
-    def _when_launcher_dies(self, number: signal.Signals) -> None:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-        if os.getppid() != self._launcher:  # it died just before the kernel was told
-            os.kill(os.getpid(), number)
+        when_launcher_dies(signal.SIGTERM, self._launcher)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

@@ -21,6 +21,9 @@ from pretrain.run_dir import read_json
 from pretrain.stored_weights import checked_weights
 from pretrain.transformers_model import TransformersModel
 
+ADAPTER_NAME = "adapter_config.json"
+"""Beside which transformers, where peft is installed, looks for further weights, pickled ones among them."""
+
 
 class TransformersFolder:
     """A Hugging Face folder of any architecture that transformers computes.
@@ -29,8 +32,8 @@ class TransformersFolder:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError if it is no causal language model, needs code of its own or has quantized weights, or if
-        its weights are not whole in safetensors; FileNotFoundError if they are missing."""
+        """Raises ValueError if it is no causal language model, needs code of its own, has quantized weights or an
+        adapter, or if its weights are not whole in safetensors; FileNotFoundError if they are missing."""
         self.path = path
         stated = read_json(path / "config.json")
         kind = stated.get("model_type") if isinstance(stated, dict) else None
@@ -43,7 +46,15 @@ class TransformersFolder:
             )
         if stated.get("quantization_config"):
             raise ValueError(f"{path} has quantized weights (quantization_config): turn them back first")
+        if (path / ADAPTER_NAME).is_file():
+            raise ValueError(f"{path} has an adapter beside its weights ({ADAPTER_NAME}): merge the two, or remove it")
         self.tensors = FolderTensors(path)
+        named = stated.get("transformers_weights")
+        if named not in (None, self.tensors.entry):
+            raise ValueError(
+                f"{path}: its config names {named!r} as its weights (transformers_weights), and only "
+                f"{self.tensors.entry} is read: take that out, or make a folder of those weights"
+            )
         try:
             self.config: PreTrainedConfig = AutoConfig.from_pretrained(
                 path, local_files_only=True, trust_remote_code=False
@@ -54,6 +65,8 @@ class TransformersFolder:
             raise ValueError(f"{path}: {kind} is no type of causal language model, and others have no perplexity")
         self.architecture: str = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config)].__name__
         text = self.config.get_text_config()
+        for config in (self.config, text):  # a folder may hold other weights beside these, which it would prefer
+            config.transformers_weights = self.tensors.entry
         self.vocab_size: int = text.vocab_size
         claimed = getattr(text, "max_position_embeddings", None)
         self.claimed_context: int | None = claimed if type(claimed) is int and claimed > 0 else None

@@ -83,6 +83,8 @@ def run(
     from launch.bench.data_text import read_texts
     from launch.bench.turns import Contender
 
+    if model is not None and not (model / "config.json").is_file():
+        raise ValueError(f"--model {model} is no Hugging Face folder (config.json): name one, or a recipe by --recipe")
     names, left_out = without_missing(
         {name: NEEDED.get(name, ()) for name in CONTENDERS if name == "steppe" or not peers or name in peers}
     )
@@ -156,13 +158,18 @@ def _measure(work: str, cut: dict[str, int], hosts: Sequence["Contender"], round
 def recipe_folder(recipe: str, texts: Sequence[str], window: int, out: Path) -> Path:
     """A Hugging Face folder of a recipe's shape with its initial weights, and a tokenizer trained on the text."""
     import torch
+    from safetensors.torch import save_file
 
     from launch.bench.data_text import train
     from launch.bench.train import check_transformers
-    from launch.bench.transformers_peer import build_model
     from launch.run_folder import recipe_path
+    from pretrain.engine import build_decoder
+    from pretrain.hf import config_to_hf
+    from pretrain.hf_folder import SINGLE_NAME
     from pretrain.hf_tokenizer import write_fast_tokenizer
+    from pretrain.hf_weights import weights_to_hf
     from pretrain.recipe import load_config
+    from pretrain.run_dir import write_json
 
     overrides = [
         f"data={{sequence_length: {window}, sources: [{{name: bench, path: none}}]}}",
@@ -174,8 +181,11 @@ def recipe_folder(recipe: str, texts: Sequence[str], window: int, out: Path) -> 
     tokenizer = out.parent / "tokenizer.model"
     say(f"training a tokenizer of {config.model.vocab_size:,} pieces")
     train(texts, config.model.vocab_size, tokenizer)
-    build_model(config, torch.device("cpu"), torch.float32).save_pretrained(out)
     write_fast_tokenizer(tokenizer, out, window)
+    write_json(out / "config.json", config_to_hf(config.model, window))
+    weights = build_decoder(config, torch.get_default_device(), torch.float32).state_dict()
+    hf = weights_to_hf(weights, config.model)
+    save_file({name: weight.contiguous() for name, weight in hf.items()}, out / SINGLE_NAME)
     return out
 
 

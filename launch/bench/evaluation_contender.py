@@ -60,12 +60,14 @@ def transformers_loop(job: dict[str, Any]) -> Score:
     device = detect()
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["precision"]]).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    start = eos if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]  # Qwen's has no BOS
 
     @torch.no_grad()
     def score(texts: Sequence[str], window: int, stride: int) -> Scored:
         nats, targets = 0.0, 0
         for text in texts:
-            ids = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            ids = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"], *eos]
             scored = 1
             for begin in range(0, len(ids) - 1, stride):
                 # A window sees `window` tokens, and is asked for as many targets: one more id than it sees.

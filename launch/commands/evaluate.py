@@ -1,16 +1,23 @@
 """`steppe eval`: the perplexity of a model on documents, and what benchmarks say of it."""
 
 import json
-import os
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from launch.out_files import check_out_files, encodable, write_out_file
 from launch.step_word import HELP as STEP_HELP
 from launch.step_word import step_of_word
+
+if TYPE_CHECKING:
+    from launch.evaluation import Other
+    from pretrain.evaluation.harness_job import TasksJob
+    from pretrain.evaluation.job import EvaluationJob
 
 PLAIN_WIDTH = 120
 """Columns of what is printed elsewhere than at a terminal."""
@@ -20,9 +27,9 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A run, a checkpoint, or a Hugging Face folder.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="PATH or NAME=PATH of texts, each a domain: files, folders, URLs, data folders."),
+        typer.Option(help="PATH or NAME=PATH of texts, each a domain: files, folders, URLs, hub names, data folders."),
     ] = None,
-    more_data: Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help="More of --data.")] = None,
+    more_data: Annotated[list[str] | None, typer.Argument(metavar="PATH", help="More of --data.")] = None,
     corpus: Annotated[Path | None, typer.Option(help="A YAML of inputs, as of `steppe data prepare`.")] = None,
     text_field: Annotated[str, typer.Option(help="The field that holds the text of a JSON or parquet row.")] = "text",
     by_folder: Annotated[bool, typer.Option("--by-folder", help="A folder just below an input is a domain.")] = False,
@@ -30,9 +37,9 @@ def evaluate(
     window: Annotated[
         str | None, typer.Option(help="Tokens the model sees at once, or `document`; default: as in training.")
     ] = None,
-    stride: Annotated[int | None, typer.Option(help="Tokens between two windows; default: the window.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Tokens between two windows; default: the window.")] = None,
     batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of one forward pass; never changes a result.")
+        int | None, typer.Option(min=1, help="Tokens of one forward pass; changes a result by rounding only.")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks to share the documents.")] = 1,
     step: Annotated[str | None, typer.Option(help=STEP_HELP)] = None,
@@ -67,11 +74,13 @@ def evaluate(
         ("--compare", compare is None, {"--compare-step": compare_step}),
         ("--tasks", tasks is None, {"--task-folder": task_folder, "--num-fewshot": num_fewshot, "--limit": limit}),
         ("--data", not has_texts, {"--compare": compare, "--out": out, "--csv": csv, "--stride": stride}),
+        ("--data", not has_texts, {"--by-folder": by_folder or None, "--by-field": by_field}),
+        ("--data", not has_texts, {"--window": window if window_ == "document" else None}),
+        ("--data", not has_texts, {"--text-field": None if text_field == "text" else text_field}),
     )
-    _check_files({"--csv": csv, "--html": html})
+    check_out_files({"--csv": csv, "--html": html})
 
-    from launch.evaluation import Other, check_model, evaluated, with_tasks
-    from launch.ranks import StoppedError
+    from launch.evaluation import Other, check_model
     from pretrain.device import check_device
     from pretrain.evaluation.harness_job import TasksJob, check_tasks
     from pretrain.evaluation.job import EvaluationJob
@@ -105,30 +114,53 @@ def evaluate(
     other = None if compare is None else Other(compare, compare_step_)
     if other is not None:
         other.check()
+    _print(_run(job, tasks_job, other, nproc, _Files(out, csv, html)), as_json)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What an evaluation leaves: the folder of its documents' scores, a table, and a page."""
+
+    out: Path | None
+    csv: Path | None
+    html: Path | None
+
+
+def _run(
+    job: "EvaluationJob | None", tasks_job: "TasksJob | None", other: "Other | None", nproc: int, files: _Files
+) -> dict[str, Any]:
+    """The result of one job or of both, with its files written. Raises typer.Exit if it is asked to stop."""
+    from launch.evaluation import evaluated, with_tasks
+    from launch.ranks import StoppedError
+
     with ExitStack() as stack:
         result, folder = None, None
         try:
             if job is not None:
-                result, folder = stack.enter_context(evaluated(job, nproc, out, other))
+                result, folder = stack.enter_context(evaluated(job, nproc, files.out, other))
             if tasks_job is not None:
                 result = with_tasks(result, tasks_job, nproc)
         except (KeyboardInterrupt, StoppedError):
-            raise typer.Exit(_stopped(out)) from None
+            raise typer.Exit(_stopped(files.out, job is not None)) from None
         assert result is not None
-        _write(result, folder, csv, html)
+        _write(result, folder, files)
+    return result
+
+
+def _print(result: Mapping[str, Any], as_json: bool) -> None:
     for reason in result["passed_over"]:
         print(f"steppe: passed over: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps(result, allow_nan=False))
-    else:
-        from rich.console import Console
+        return
+    from rich.console import Console
 
-        from launch.evaluation_table import show
+    from launch.evaluation_table import show
 
-        console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-        with console.capture() as shown:
-            show(result, console)
-        sys.stdout.write(_written(shown.get(), sys.stdout.encoding))
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    with console.capture() as shown:
+        show(result, console)
+    sys.stdout.write(encodable(shown.get(), sys.stdout.encoding))
 
 
 def _window_of_word(word: str | None) -> int | Literal["document"] | None:
@@ -144,46 +176,27 @@ def _check_words(*rules: tuple[str, bool, dict[str, Any]]) -> None:
     for needed, is_missing, options in rules:
         for option, value in options.items():
             if is_missing and value is not None:
-                raise ValueError(f"{option} {value} means nothing without {needed}: add it, or leave {option} out")
+                said = option if value is True else f"{option} {value}"
+                raise ValueError(f"{said} means nothing without {needed}: add it, or leave {option} out")
 
 
-def _check_files(files: dict[str, Path | None]) -> None:
-    """Raise ValueError, before hours of work, for a file that cannot be written in the end."""
-    seen: dict[Path, str] = {}
-    for option, path in files.items():
-        if path is None:
-            continue
-        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{option} {path} cannot be written: name a file in a folder that exists and is yours")
-        if path.resolve() in seen:
-            raise ValueError(f"{option} {path} is the file of {seen[path.resolve()]}, too: name two files")
-        seen[path.resolve()] = option
-
-
-def _write(result: dict[str, Any], folder: Path | None, csv: Path | None, html: Path | None) -> None:
+def _write(result: dict[str, Any], folder: Path | None, files: _Files) -> None:
     from launch.evaluation_csv import csv_text
     from pretrain.evaluation.record import read_scores
-    from pretrain.run_dir import write_durably
 
-    if csv is not None:
-        write_durably(csv, _written(csv_text(result)))
-    if html is not None:
+    if files.csv is not None:
+        write_out_file(files.csv, csv_text(result))
+    if files.html is not None:
         from launch.evaluation_report import evaluation_page
 
-        page = evaluation_page(result, [] if folder is None else read_scores(folder))
-        write_durably(html, _written(page))
+        write_out_file(files.html, evaluation_page(result, [] if folder is None else read_scores(folder)))
 
 
-def _written(text: str, encoding: str = "utf-8") -> str:
-    """With escapes for what cannot be encoded: a domain may be called by a folder whose name is no UTF-8."""
-    return text.encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _stopped(out: Path | None) -> int:
+def _stopped(out: Path | None, has_texts: bool) -> int:
     """Say what is left of an evaluation that was asked to stop; returns the exit code."""
     from pretrain.outcome import EXIT_FAILED, EXIT_STOPPED
 
-    kept = "nothing is kept: with --out FOLDER it would be"
+    kept = "nothing is kept" + (": with --out FOLDER it would be" if has_texts else "")
     if out is not None:
         kept = f"what is scored is kept in {out}, and the same command goes on"
     print(f"steppe: stopped; {kept}", file=sys.stderr)

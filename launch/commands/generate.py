@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from launch.out_files import check_out_files, encodable, write_out_file
 from launch.prompts import read_prompts
 from launch.step_word import HELP as STEP_HELP
 from launch.step_word import step_of_word
@@ -71,15 +72,13 @@ def generate(
     at_step = step_of_word(step)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
-    if out is not None and (out.is_dir() or not out.parent.is_dir()):
-        raise ValueError(f"--out {out} cannot be written: name a file in a folder that exists")
+    check_out_files({"--out": out})
 
     import torch
 
     from pretrain.generation.generate import generate as write
     from pretrain.generation.ids import BATCH_SIZE
     from pretrain.load_model import load_model
-    from pretrain.run_dir import write_durably
 
     loaded = load_model(model, at_step, tokenizer, torch.bfloat16 if precision == "bf16" else torch.float32, offload)
     for reason in loaded.passed_over:
@@ -95,13 +94,13 @@ def generate(
     progress = _Progress(len(texts))
     generations = write(loaded, texts, options, progress.begun, batch_size or BATCH_SIZE)
     if out is not None:
-        write_durably(out, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in generations))
+        write_out_file(out, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in generations))
         print(f"steppe: {len(texts):,} continuations in {out}", file=sys.stderr)
     if as_json:
         print(json.dumps(_result(loaded.name, loaded.step, precision, offload, options, generations)))
     elif out is None:
         for place, each in enumerate(generations, 1):
-            print(f"===== prompt {place:,} of {len(texts):,} =====\n{each.prompt}{each.text}")
+            _print_now(f"===== prompt {place:,} of {len(texts):,} =====\n{each.prompt}{each.text}\n")
 
 
 def _result(
@@ -119,7 +118,7 @@ def _result(
 
 
 def _print_now(text: str) -> None:
-    print(text, end="", flush=True)
+    print(encodable(text, sys.stdout.encoding), end="", flush=True)
 
 
 class _Progress:

@@ -103,7 +103,8 @@ def _run(job: TasksJob, ranks: Ranks) -> dict[str, Any]:
     began = time.monotonic()
     with _Display(shown=ranks.rank == 0) as display:
         model = SteppeLM(loaded, ranks, job.window, job.add_bos_token, job.batch_tokens, display.update)
-        found = run_tasks(model, tasks, job.limit, samples=job.samples is not None)
+        # The first rank alone estimates errors when all is answered, and may fail alone then.
+        found = ranks.together(lambda: run_tasks(model, tasks, job.limit, samples=job.samples is not None))
     seconds = time.monotonic() - began
     samples = found.pop("samples", None)
     if job.samples is not None:
@@ -150,7 +151,7 @@ def _write_samples(folder: Path, samples: dict[str, list[Any]]) -> None:
     folder.mkdir(parents=True)
     for task, documents in samples.items():
         lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-        (folder / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
+        (folder / f"{task.replace('/', '_')}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 class _Display:

@@ -4,6 +4,7 @@ A user's mistake is an answer, too: every rank brings what it has or its error t
 the process that started them raises the error as if it had met it itself.
 """
 
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from pretrain.device import detect, init_process_group, new_cpu_group
+from pretrain.outcome import MISTAKEN_PATHS
 from pretrain.parallel_dims import gathered
 from pretrain.run_dir import read_json, write_json
+from pretrain.stop import launcher, when_launcher_dies
 
 T = TypeVar("T")
 Start = Callable[[str, list[str], int], None]
@@ -42,8 +45,8 @@ class Ranks:
         except (ValueError, OSError) as error:
             if self._group is None:
                 raise
-            # A file that is not there is a mistake: trying again would not bring it.
-            mistake = isinstance(error, ValueError | FileNotFoundError)
+            # A wrong path is a mistake: trying again would not mend it.
+            mistake = isinstance(error, (ValueError, *MISTAKEN_PATHS))
             failure = ValueError(str(error)) if mistake else OSError(str(error))
         for found in self.gather(failure):
             if found is not None:
@@ -75,7 +78,10 @@ def rank_main(work: Callable[[Any, Ranks], Any]) -> None:
 
     work: from a job to JSON values, of which the first rank's are the answer. An error must be raised by all ranks or
     none, which `Ranks.together` sees to.
+
+    A rank ends when its launcher dies: nobody waits for the answer then, and the lock on what it writes went with it.
     """
+    when_launcher_dies(signal.SIGKILL, launcher())
     init_process_group(detect())
     ranks = Ranks(new_cpu_group())
     try:

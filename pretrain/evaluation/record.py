@@ -87,7 +87,10 @@ def _blocks(folder: Path) -> Iterator[tuple[list[dict[str, Any]], dict[str, tupl
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
-                values = json.loads(line)
+                try:
+                    values = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path} is damaged ({error}): evaluate again in a new folder") from None
                 if "positions" in values:
                     yield documents, values["positions"]
                     documents = []
@@ -158,6 +161,7 @@ class RecordsWriter:
     def __exit__(self, *exception: object) -> None:
         try:
             self._write()
+            os.fsync(self._descriptor)  # before anybody says, durably, that the evaluation is finished
         finally:
             os.close(self._descriptor)
 

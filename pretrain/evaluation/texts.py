@@ -124,7 +124,8 @@ def _inputs(data: Sequence[str], text_field: str) -> tuple[InputConfig, ...]:
     inputs: dict[str, InputConfig] = {}
     for argument in data:
         name, equals, path = argument.partition("=")
-        if not equals or "://" in name or Path(argument).exists():
+        # A name has no slash: INPUT/GROUP is how domains are called, and lang=en/* is a pattern.
+        if not equals or "/" in name or Path(argument).exists():
             name, path = default_name(argument), argument
         if not name or not path:
             raise ValueError(f"--data {argument}: expected PATH or NAME=PATH")

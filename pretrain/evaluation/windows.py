@@ -19,6 +19,8 @@ from data_pipeline.batch import IGNORED_TARGET
 
 POOLED_BATCHES = 16  # windows of about so many batches are sorted by length together: more pads less, and holds more
 DEFAULT_BATCH_TOKENS = 8192
+MOST_PADDING = 0.1  # of a batch
+LEAST_FILLED = 1 / 8  # of `batch_tokens`: below that a device idles, and some padding costs less
 WHOLE_DOCUMENT: Literal["document"] = "document"
 
 
@@ -120,12 +122,23 @@ def packed(windows: Iterable[Window], batch_tokens: int) -> Iterator[list[Window
 
 
 def _cut(pool: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Longest first: the first row of a batch is its longest, and too large a batch shows at once, not hours later."""
-    pool = sorted(pool, key=len, reverse=True)
-    while pool:
-        rows = max(1, batch_tokens // max(1, len(pool[0])))
-        yield pool[:rows]
-        pool = pool[rows:]
+    """Longest first: the first row of a batch is its longest, and too large a batch shows at once, not hours later.
+
+    A batch that is large enough to be worth it ends early where the next window would make too much of it padding.
+    """
+    batch: list[Window] = []
+    held_tokens = 0
+    for window in sorted(pool, key=len, reverse=True):
+        if batch:
+            padded_tokens = (len(batch) + 1) * max(1, len(batch[0]))
+            wasted = padded_tokens - held_tokens - len(window) > MOST_PADDING * padded_tokens
+            if padded_tokens > batch_tokens or (wasted and padded_tokens > LEAST_FILLED * batch_tokens):
+                yield batch
+                batch, held_tokens = [], 0
+        batch.append(window)
+        held_tokens += len(window)
+    if batch:
+        yield batch
 
 
 def padded(batch: list[Window]) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+LEAST_TEMPERATURE = 1e-6  # logits that are divided by far less are beyond fp32
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -37,6 +39,11 @@ class GenerationOptions:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature} must be a finite number, 0 (greedy) or more")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise ValueError(
+                f"temperature={self.temperature} must be 0, which takes the most probable token each time, or at least "
+                f"{LEAST_TEMPERATURE}"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k} must be at least 1; leave it out to draw from all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:

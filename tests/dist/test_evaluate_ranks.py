@@ -1,17 +1,25 @@
 """`steppe eval --nproc 2`: two real ranks say what one says, and a user's mistake stays one."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.ranks import run_ranks
+from pretrain.evaluation import job as job_module
 from pretrain.evaluation.folder import FACTS_NAME
 from pretrain.evaluation.job import EvaluationJob, evaluate_job
 from pretrain.evaluation.record import DocumentScore, read_positions, read_scores
 from pretrain.evaluation.texts import texts_config
+from tests.conftest import environment
 from tests.tiny_hf import TEXTS, tiny_hf_folder
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +66,30 @@ def test_a_mistake_on_a_rank_is_told_by_the_parent(job: EvaluationJob, tmp_path:
     broken.write_bytes(json.dumps({"text": TEXTS[1]}).encode() + b"\n\xff\xfe\n")
     with pytest.raises(ValueError, match=r"broken.jsonl:2: invalid UTF-8"):
         evaluate_job(replace(job, texts=texts_config([str(broken)])), tmp_path / "out", 2, run_ranks)
+
+
+@pytest.mark.slow
+def test_the_launchers_death_ends_the_ranks(job: EvaluationJob, tmp_path: Path) -> None:
+    """They would go on writing to the folder, whose lock is free for others."""
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": TEXTS[1]}) + "\n") * 20_000)
+    long = replace(job, texts=texts_config([str(tmp_path / "long.jsonl")]))
+    code = (
+        "import sys, pathlib; from launch.ranks import run_ranks; from pretrain.evaluation import job; "
+        "job.evaluate_job(job._JOB.validate_json(sys.argv[1]), pathlib.Path(sys.argv[2]), 2, run_ranks)"
+    )
+    words = [sys.executable, "-P", "-c", code, job_module._JOB.dump_json(long).decode(), str(tmp_path / "out")]
+    launcher = subprocess.Popen(words, env={**environment(), "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "records" / "rank_00001.jsonl").is_file():
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=5)
+    for rank in alive:
+        rank.kill()
+    assert not alive
+    assert not (tmp_path / "out" / FACTS_NAME).is_file()

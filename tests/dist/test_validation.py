@@ -51,9 +51,10 @@ def test_validation_is_an_evaluation_of_the_same_weights(
         sum(one.nats for one in documents),
         sum(one.tokens for one in documents),
         sum(one.bytes for one in documents),
-        len(documents),
+        documents=len(documents),
     )
-    score = Score(*found["score"])
+    *sums, held_out_documents = found["score"]
+    score = Score(*sums, documents=held_out_documents)
     assert (score.tokens, score.bytes, score.documents) == (expected.tokens, expected.bytes, expected.documents)
     for measure in ("loss", "perplexity", "bits_per_byte"):
         assert score.measure(measure) == pytest.approx(expected.measure(measure), rel=1e-6)

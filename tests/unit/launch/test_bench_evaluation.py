@@ -70,10 +70,17 @@ def test_a_recipe_gets_a_tokenizer_of_its_own(text: str, tmp_path: Path) -> None
     assert "Steppe / the plain loop" in found.stdout
 
 
-def test_an_unknown_peer_is_refused() -> None:
-    error = CliRunner().invoke(app, ["eval", "--peer", "megatron"]).exception
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--peer", "megatron", "--peer megatron is not known: choose from transformers"),
+        ("--model", "nowhere", "--model nowhere is no Hugging Face folder (config.json): name one"),
+    ],
+)
+def test_a_mistake_is_refused_before_anyone_starts(option: str, value: str, message: str) -> None:
+    error = CliRunner().invoke(app, ["eval", option, value]).exception
     assert isinstance(error, ValueError)
-    assert "--peer megatron is not known: choose from transformers" in str(error)
+    assert message in str(error)
 
 
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=30), st.integers(1, 200))

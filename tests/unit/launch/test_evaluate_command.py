@@ -59,6 +59,15 @@ def evaluated(*words: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+def assert_refused(cases: dict[str, tuple[object, ...]]) -> None:
+    """Each of these words, with what the error says of them."""
+    for message, words in cases.items():
+        done = steppe(*words, "--json")
+        assert isinstance(done.exception, ValueError), (message, done.output, done.exception)
+        assert message in str(done.exception)
+        assert done.stdout == ""
+
+
 def test_one_object(model: Path, corpora: list[Path]) -> None:
     result = evaluated(model, "--data", *corpora, "--window", 32, "--stride", 16)
     assert list(result["by_domain"]) == ["a", "b", "c"]
@@ -184,19 +193,20 @@ def test_mistakes_show_before_anything_runs(
         "broken.jsonl:2": (model, "--data", tmp_path / "broken.jsonl"),
         "exclude each other": (model, "--data", text, "--by-folder", "--by-field", "x"),
         "gone does not exist": (model, "--data", text, "--compare", tmp_path / "gone"),
+        "--compare-step best: only a run": (model, "--data", text, "--compare", model, "--compare-step", "best"),
         "--compare-step 3 means nothing without --compare": (model, "--data", text, "--compare-step", 3),
         "--limit 3 means nothing without --tasks": (model, "--data", text, "--limit", 3),
         "--csv x.csv means nothing without --data": (model, "--tasks", "x", "--csv", "x.csv"),
+        "--by-folder means nothing without --data": (model, "--tasks", "x", "--by-folder"),
+        "--by-field y means nothing without --data": (model, "--tasks", "x", "--by-field", "y"),
+        "--text-field y means nothing without --data": (model, "--tasks", "x", "--text-field", "y"),
+        "--window document means nothing without --data": (model, "--tasks", "x", "--window", "document"),
         "--csv gone/x.csv cannot be written": (model, "--data", text, "--csv", "gone/x.csv"),
         f"--html {tmp_path} cannot be written": (model, "--data", text, "--html", tmp_path),
         "too: name two files": (model, "--data", text, "--html", tmp_path / "x", "--csv", tmp_path / "x"),
         "holds something else than an evaluation": (model, "--data", text, "--out", tmp_path),
     }  # fmt: skip
-    for message, words in cases.items():
-        done = steppe(*words, "--json")
-        assert isinstance(done.exception, ValueError), (message, done.output, done.exception)
-        assert message in str(done.exception)
-        assert done.stdout == ""
+    assert_refused(cases)
 
 
 def test_mistakes_that_the_model_shows(model: Path, rows: Path, tmp_path: Path) -> None:
@@ -224,11 +234,24 @@ def test_mistakes_that_the_model_shows(model: Path, rows: Path, tmp_path: Path) 
         "also holds the domain rows": (model, "--data", f"z={rows}", "--compare", tmp_path / "kept"),
         "holds other documents": (model, "--data", f"rows={tmp_path / 'more.txt'}", "--compare", tmp_path / "kept"),
     }  # fmt: skip
-    for message, words in cases.items():
-        done = steppe(*words, "--json")
-        assert isinstance(done.exception, ValueError), (message, done.output, done.exception)
-        assert message in str(done.exception)
-        assert done.stdout == ""
+    assert_refused(cases)
+
+
+def test_a_stop_says_what_is_kept(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.evaluation.job.evaluate_job", stop)
+    monkeypatch.setattr("pretrain.evaluation.harness_job.check_tasks", lambda job: None)
+    monkeypatch.setattr("pretrain.evaluation.harness_job.run_tasks_job", stop)
+    for words, code, told in (
+        (("--data", rows), 1, "stopped; nothing is kept: with --out FOLDER it would be"),
+        (("--data", rows, "--out", tmp_path / "out"), 75, f"stopped; what is scored is kept in {tmp_path / 'out'}"),
+        (("--tasks", "x"), 1, "stopped; nothing is kept\n"),
+    ):
+        done = steppe(model, *words)
+        assert (done.exit_code, done.stdout) == (code, "")
+        assert told in done.stderr
 
 
 @pytest.mark.slow  # since lm-eval's own tasks are looked through for names that are near

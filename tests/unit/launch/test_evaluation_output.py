@@ -27,7 +27,13 @@ pytestmark = pytest.mark.filterwarnings("error")  # matplotlib's, such as of a l
 NAME = f"{EVIL} [bold]日本[/bold]"
 TASKS = {
     "results": {
-        "truth": {"alias": "truth", "acc,none": 0.51, "acc_stderr,none": 0.02, "exact_match,strict": 0.25},
+        "truth": {
+            "alias": "truth",
+            "acc,none": 0.51,
+            "acc_stderr,none": 0.02,
+            "exact_match,strict": 0.25,
+            "f1,none": None,
+        },
         NAME: {"alias": "x", "word_perplexity,none": 12345.6, "word_perplexity_stderr,none": "N/A"},
     },
     "versions": {"truth": 1.0},
@@ -89,20 +95,42 @@ def test_a_bare_terminal_has_no_blocks(full: dict[str, Any]) -> None:
 
 def test_words() -> None:
     assert [number(value) for value in (1.0, 999.5, 12345.678, 1.5e7, None)] == [
-        "1.000", "999.500", "12,345.7", "1.50e+07", "inf",
+        "1.000", "999.500", "12,345.7", "1.50e+07", "-",
     ]  # fmt: skip
     bounds = ([-2.0, -1.0], [1.0, 2.0], [-1.0, 1.0], None)
-    assert [verdict({"interval": each}) for each in bounds] == [
+    assert [verdict({"interval": each, "documents": 30}) for each in bounds] == [
         "better", "worse", "no difference shown", "one document tells nothing",
     ]  # fmt: skip
+
+
+def test_the_rounding_of_a_forward_pass_is_no_difference() -> None:
+    """One model in two sizes of batch differs by 1e-7, and may do so on every document alike."""
+    for bounds in ([-3e-7, -1e-7], [1e-7, 3e-7]):
+        assert verdict({"interval": bounds, "documents": 1000}) == "no difference shown"
+    assert verdict({"interval": [-3e-4, -1e-4], "documents": 1000}) == "better"
+
+
+def test_few_documents_show_less() -> None:
+    assert verdict({"interval": [-2.0, -1.0], "documents": 2}) == "better, of few documents"
+    assert verdict({"interval": [1.0, 2.0], "documents": 29}) == "worse, of few documents"
+    assert verdict({"interval": [-1.0, 2.0], "documents": 2}) == "no difference shown"
+
+
+def test_what_it_took_and_in_which_precision(full: dict[str, Any]) -> None:
+    assert "computed in fp32: 2 s on 2 ranks, 500 tokens/s, peak memory of a rank 0.00 GB" in printed(full, 100)
+    alone = {**full, "precision": "bf16", "offload": "disk", "cost": {**full["cost"], "ranks": 1}}
+    assert "computed in bf16, weights on disk: 2 s, 500 tokens/s, peak memory 0.00 GB" in printed(alone, 100)
 
 
 def test_tasks_as_rows() -> None:
     assert list(task_rows(TASKS)) == [
         ("truth", "acc", "0.5100", "0.0200", "5", "1.0"),
         ("truth", "exact_match (strict)", "0.2500", "-", "5", "1.0"),
+        ("truth", "f1", "-", "-", "5", "1.0"),  # it was no number, and must not seem to have been left out
         (NAME, "word_perplexity", "12345.6000", "-", "-", "-"),
     ]
+    (row,) = task_rows({**TASKS, "results": {"t": {"perplexity,none": 6.045e19, "perplexity_stderr,none": 9e31}}})
+    assert row[2:4] == ("6.0450e+19", "9.0000e+31")
 
 
 def test_tasks_alone(full: dict[str, Any]) -> None:
@@ -112,6 +140,7 @@ def test_tasks_alone(full: dict[str, Any]) -> None:
     assert "truth" in printed(alone, 80)
     page = Page(evaluation_page(alone, []))
     assert "exact_match (strict)" in page.text
+    assert "took2 s on 2 ranks" in page.text.replace("\n", "")
     assert "svg" not in {tag for tag, _ in page.tags}
 
 
@@ -135,6 +164,20 @@ def test_a_domain_may_be_called_all(full: dict[str, Any]) -> None:
     confused = {**full, "by_domain": dict.fromkeys(("all", "b"), full["by_domain"]["one"]), "compared": None}
     assert list(scores_of(confused)) == ["all", "b", "(all)"]
     assert [row["domain"] for row in csv.DictReader(io.StringIO(csv_text(confused)))] == ["all", "b", "(all)"]
+
+
+@pytest.mark.parametrize("name", ["a\rb", "a\nb", 'a"b', "a;b", "a,b", "", " a "])
+def test_any_name_is_one_cell(full: dict[str, Any], name: str) -> None:
+    named = {**full, "model": name, "by_domain": {name: full["by_domain"]["one"]}, "compared": None}
+    rows = list(csv.DictReader(io.StringIO(csv_text(named), newline="")))
+    assert [(row["model"], row["domain"]) for row in rows] == [(name, name), (name, "all")]
+
+
+@pytest.mark.parametrize("name", ['=HYPERLINK("http://x")', "+1", "-1", "@x", "\t=1", "\r=1"])
+def test_no_name_is_a_formula(full: dict[str, Any], name: str) -> None:
+    named = {**full, "by_domain": {name: full["by_domain"]["one"]}, "compared": None}
+    first, _ = csv.DictReader(io.StringIO(csv_text(named), newline=""))
+    assert first["domain"] == f"'{name}"
 
 
 def test_columns_are_always_the_same(full: dict[str, Any], folder: Path) -> None:

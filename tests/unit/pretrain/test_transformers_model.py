@@ -205,6 +205,25 @@ def test_what_cannot_be_computed_is_refused(gpt2: Path) -> None:
     refused(gpt2, "config.json: transformers refuses it: .*n_embd")
 
 
+def test_weights_beside_those_that_are_checked_are_not_computed_with(gpt2: Path) -> None:
+    expected = load_model(gpt2)
+    weights, index = gpt2 / "model.safetensors", gpt2 / "model.safetensors.index.json"
+    tensors = load_file(weights)
+    weights.rename(gpt2 / "first.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, "first.safetensors")}))
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    for offload in (None, "disk"):
+        found = load_model(gpt2, offload=offload)  # type: ignore[arg-type]
+        assert found.fingerprint == expected.fingerprint
+        assert torch.equal(found.model.token_losses(*batch()), expected.model.token_losses(*batch()))
+    for other in ("adapter_model.bin", "model.safetensors"):
+        edit_config(gpt2, transformers_weights=other)
+        refused(gpt2, f"names '{other}' as its weights .*only model.safetensors.index.json is read")
+    edit_config(gpt2, transformers_weights=None)
+    (gpt2 / "adapter_config.json").write_text("{}")
+    refused(gpt2, "has an adapter beside its weights .*merge the two, or remove it")
+
+
 def test_a_model_that_looks_ahead_is_refused(tmp_path: Path, tokenizer: Path) -> None:
     write(tmp_path, BertConfig(vocab_size=VOCAB_SIZE, **WIDE), tokenizer)
     refused(tmp_path, "depend on later tokens: it is no causal language model", offloads=(None,))

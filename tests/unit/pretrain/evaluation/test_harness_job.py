@@ -45,6 +45,17 @@ def test_a_job(job: TasksJob, tmp_path: Path, capfd: pytest.CaptureFixture[str])
         check_tasks(asked)
 
 
+def test_samples_are_kept_whatever_a_task_is_called(job: TasksJob, tmp_path: Path) -> None:
+    assert job.task_folder is not None
+    task = yaml.safe_load((Path(job.task_folder) / "tiny_text.yaml").read_text())
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "t.yaml").write_text(yaml.safe_dump({**task, "task": "mine/tiny"}))
+    samples = tmp_path / "samples"
+    run_tasks_job(replace(job, tasks=("mine/tiny",), task_folder=str(tmp_path / "tasks"), samples=str(samples)))
+    lines = (samples / "mine_tiny.jsonl").read_text().splitlines()
+    assert [json.loads(line)["doc_id"] for line in lines] == [0, 1, 2]
+
+
 def test_the_tasks_of_a_folder_need_none_of_lm_evals(job: TasksJob) -> None:
     assert job.task_folder is not None
     manager, names = find_tasks(("tiny_*", "tiny_text"), Path(job.task_folder))

@@ -94,6 +94,21 @@ def test_any_torn_tail_costs_its_block_and_no_more(tmp_path: Path) -> None:
         assert all(json.loads(line) for line in rank_file(tmp_path).read_bytes().splitlines())
 
 
+def test_damage_is_told(tmp_path: Path) -> None:
+    write(tmp_path, 0, [0, 1])
+    lines = rank_file(tmp_path).read_bytes().splitlines(keepends=True)
+    rank_file(tmp_path).write_bytes(b"".join([lines[0], bytes(len(lines[1]) - 1) + b"\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"rank_00000.jsonl is damaged .*evaluate again in a new folder"):
+        indices_in(tmp_path)
+
+
+def test_all_is_on_the_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
+    write(tmp_path, 0, [0, 1])
+    assert synced == [rank_file(tmp_path).stat().st_size]
+
+
 def test_a_disk_that_fills_up_leaves_whole_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, 0, [0])
     real = os.pwrite

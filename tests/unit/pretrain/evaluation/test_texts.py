@@ -70,6 +70,8 @@ def test_domains_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("z", "https://host/z.txt?a=b"),
         ("name", "owner/name"),
     ]
+    (pattern,) = texts_config(["corpus/lang=en/*.txt"]).inputs
+    assert (pattern.name, pattern.path) == ("lang=en", "corpus/lang=en/*.txt")
     monkeypatch.chdir(tmp_path / "folder")
     assert [(input_.name, input_.path) for input_ in texts_config(["."]).inputs] == [("folder", ".")]
 

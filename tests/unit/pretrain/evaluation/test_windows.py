@@ -80,6 +80,15 @@ def test_batches_of_like_length_pad_little() -> None:
     assert padded_tokens < 1.08 * sum(lengths)
 
 
+def test_a_small_corpus_is_not_padded_to_its_longest_window() -> None:
+    lengths = [512] * 18 + [170] * 6 + list(range(100, 10, -2))
+    batches = [[len(row) for row in batch] for batch in packed(rows_of(lengths), 8192)]
+    padded_tokens = sum(len(batch) * batch[0] for batch in batches)
+    assert padded_tokens < 1.1 * sum(lengths)
+    # Nor cut into slivers: what is left over beside whole batches is at least an eighth of the budget.
+    assert all(len(batch) * batch[0] > 8192 / 8 - batch[0] for batch in batches[:-1])
+
+
 def test_packing_reads_a_bounded_part_of_an_endless_corpus() -> None:
     taken = 0
 

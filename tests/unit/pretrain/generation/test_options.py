@@ -12,6 +12,7 @@ from pretrain.generation.options import GenerationOptions
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": 1e-40}, "temperature=1e-40 must be 0, .* or at least 1e-06"),
         ({"top_k": 0, "temperature": 1.0}, "top_k=0"),
         ({"top_p": 0.0, "temperature": 1.0}, "top_p=0.0"),
         ({"top_p": 1.1, "temperature": 1.0}, "top_p=1.1"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from pretrain.generation.options import GenerationOptions
+from pretrain.generation.options import LEAST_TEMPERATURE, GenerationOptions
 from pretrain.generation.sampling import filtered, next_tokens
 
 
@@ -42,6 +42,11 @@ def test_the_ends_of_the_unit_interval_are_tokens_that_can_be_drawn() -> None:
     options = GenerationOptions(temperature=1.0)
     assert next_tokens(row, options, [0.0]) == [1]
     assert next_tokens(row, options, [1 - 2**-53]) == [2]
+
+
+def test_hardly_any_temperature_is_as_good_as_none() -> None:
+    options = GenerationOptions(temperature=LEAST_TEMPERATURE)
+    assert next_tokens(logits(), options, [0.5] * 16) == logits().argmax(dim=-1).tolist()
 
 
 def test_greedy_takes_the_most_probable() -> None:
