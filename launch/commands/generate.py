@@ -87,9 +87,14 @@ def generate(
         print(f"steppe: note: {note}", file=sys.stderr)
     streaming = len(texts) == 1 and out is None and not as_json
     if streaming:
-        _print_now(texts[0])
-        write(loaded, texts, options, lambda _, text: _print_now(text))
-        print()
+        unsaid = list(texts)  # the prompt, which is not said before it is known to be accepted
+
+        def say(_: int, text: str) -> None:
+            _print_now("".join([*unsaid, text]))
+            unsaid.clear()
+
+        write(loaded, texts, options, say)
+        say(0, "\n")
         return
     progress = _Progress(len(texts))
     generations = write(loaded, texts, options, progress.begun, batch_size or BATCH_SIZE)

@@ -25,11 +25,13 @@ POSITIONS = 33  # a context has less than 2^32 tokens
 @dataclass
 class Scored:
     """What this rank has scored so far: documents that are complete, targets, and about how many bytes of text they
-    stand for; and the domains of all documents that any rank was dealt, in the order of reading."""
+    stand for; and of all documents, whoever has scored them: how many there are, and their domains in the order of
+    reading."""
 
     documents: int = 0
     tokens: int = 0
     bytes: float = 0.0
+    read: int = 0
     domains: list[str] = field(default_factory=list)
 
 
@@ -111,9 +113,10 @@ def deal(documents: Iterable[EvaluationDocument], rank: int, world: int) -> Iter
 
 
 def _new(documents: Iterable[EvaluationDocument], done: DocumentSet, scored: Scored) -> Iterator[EvaluationDocument]:
-    """Those that are not done; notes the domains of all."""
+    """Those that are not done; notes number and domains of all."""
     known = set()
     for document in documents:
+        scored.read += 1
         if document.domain not in known:
             known.add(document.domain)
             scored.domains.append(document.domain)

@@ -116,8 +116,20 @@ def _sit(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]], r
     tokens = sum(ranks.gather(scored.tokens))
     peak_bytes = max(ranks.gather(peak_memory_bytes(prepared.model.model.device)))
     cost = Cost(seconds, tokens / seconds, peak_bytes, ranks.world)
-    if ranks.rank == 0:
-        write_facts(folder, _facts(job, prepared, scored.domains, cost))
+    ranks.together(lambda: _finish(folder, scored.read, _facts(job, prepared, scored.domains, cost), ranks.rank))
+
+
+def _finish(folder: Path, documents: int, facts: Facts, rank: int) -> None:
+    """Say that the evaluation is finished. Raises ValueError unless each of so many documents is recorded, and once."""
+    if rank != 0:
+        return
+    recorded, _ = done(folder)
+    if len(recorded) != documents:
+        raise ValueError(
+            f"{folder} holds {len(recorded):,} of {documents:,} documents, though all were scored: something else has "
+            "written to it; remove it, and evaluate anew"
+        )
+    write_facts(folder, facts)
 
 
 def _prepare(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]]) -> _Prepared:
@@ -126,7 +138,8 @@ def _prepare(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]
     windowing = Windowing.of(model.context_length, job.window, job.stride, job.batch_tokens)
     if windowing.window is not None and model.longest_context is not None and windowing.window > model.longest_context:
         raise ValueError(
-            f"window={windowing.window}: {model.name} sees at most {model.longest_context} tokens at once; lower it"
+            f"window={windowing.window}: {model.name} sees at most {model.longest_context} tokens at once; use "
+            f"--window {model.longest_context}"
         )
     _, start_token = model.start_token
     request = {

@@ -131,9 +131,17 @@ class DocumentSet:
 
 
 def done(folder: Path) -> tuple[DocumentSet, int]:
-    """The documents that an evaluation's folder holds, and their raw UTF-8 bytes."""
+    """The documents that an evaluation's folder holds, and their raw UTF-8 bytes.
+
+    Raises ValueError if it holds one twice: then nothing that is added up is right.
+    """
     documents, text_bytes = DocumentSet(), 0
     for score in read_scores(folder):
+        if score.index in documents:
+            raise ValueError(
+                f"{folder} holds document {score.index} twice, as if two evaluations had written to it at once: remove "
+                "it, and evaluate anew"
+            )
         documents.add(score.index)
         text_bytes += score.bytes
     return documents, text_bytes

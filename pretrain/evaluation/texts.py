@@ -190,7 +190,8 @@ def _documents(config: TextsConfig, input_: InputConfig, on_bytes: OnBytes = ign
     def refuse(record: Rejected) -> None:
         if record.raw is not None:
             where = f"{record.path}:{record.line}" if record.line else record.path
-            raise ValueError(f"{where}: {record.reason}; repair or remove it, a measurement leaves nothing out")
+            other = ", or name another field (--text-field, --by-field)" if record.reason.startswith("no field") else ""
+            raise ValueError(f"{where}: {record.reason}; repair or remove it{other}: a measurement leaves nothing out")
 
     return read_documents(CorpusConfig(inputs=(input_,)), refuse, on_bytes, grouping=config.grouping)
 

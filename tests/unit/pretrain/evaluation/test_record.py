@@ -94,6 +94,13 @@ def test_any_torn_tail_costs_its_block_and_no_more(tmp_path: Path) -> None:
         assert all(json.loads(line) for line in rank_file(tmp_path).read_bytes().splitlines())
 
 
+def test_a_document_that_is_there_twice_is_told(tmp_path: Path) -> None:
+    write(tmp_path, 0, [0, 1, 2])
+    write(tmp_path, 1, [3, 1])
+    with pytest.raises(ValueError, match="holds document 1 twice.*: remove it, and evaluate anew"):
+        done(tmp_path)
+
+
 def test_damage_is_told(tmp_path: Path) -> None:
     write(tmp_path, 0, [0, 1])
     lines = rank_file(tmp_path).read_bytes().splitlines(keepends=True)

@@ -175,7 +175,10 @@ def test_what_cannot_be_grouped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     (tmp_path / "plain.txt").write_text("text")
     cases = [
-        (write_rows(tmp_path / "none.jsonl", rows), r"none.jsonl:2: no field 'lang' to group by; repair or remove it"),
+        (
+            write_rows(tmp_path / "none.jsonl", rows),
+            r"none.jsonl:2: no field 'lang' to group by; repair or remove it, or name another field",
+        ),
         (table, r"t.parquet:2: no field 'lang' to group by"),
         (
             write_rows(tmp_path / "list.jsonl", [{"text": "a", "lang": ["en"]}]),
