@@ -148,12 +148,17 @@ def _from_hf(folder: HuggingFaceFolder, asked: _Asked) -> LoadedModel:
     return LoadedModel(
         model,
         tokenizer,
-        context_length=min(folder.claimed_context or DEFAULT_CONTEXT, LONGEST_CONTEXT),
+        context_length=_context_length(folder.claimed_context),
         longest_context=None,
         name=str(asked.target),
         step=None,
         fingerprint=fingerprint,
     )
+
+
+def _context_length(claimed: int | None) -> int:
+    """Tokens that a Hugging Face folder's model was trained to see, as far as what it claims can be believed."""
+    return min(claimed or DEFAULT_CONTEXT, LONGEST_CONTEXT)
 
 
 def _from_transformers(asked: _Asked, unsupported: UnsupportedError) -> LoadedModel:
@@ -167,7 +172,7 @@ def _from_transformers(asked: _Asked, unsupported: UnsupportedError) -> LoadedMo
     return LoadedModel(
         model,
         tokenizer,
-        context_length=min(folder.claimed_context or DEFAULT_CONTEXT, LONGEST_CONTEXT),
+        context_length=_context_length(folder.claimed_context),
         longest_context=longest,
         name=str(asked.target),
         step=None,

@@ -58,6 +58,9 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="A folder of tasks' YAML files, beside lm-eval's.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in a benchmark's prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many documents of each benchmark.")] = None,
+    task_samples: Annotated[
+        Path | None, typer.Option(help="A new folder for what each benchmark asked and was answered, a file each.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Keep each document's score here; the same command goes on after a stop.")
     ] = None,
@@ -73,6 +76,7 @@ def evaluate(
     _check_words(
         ("--compare", compare is None, {"--compare-step": compare_step}),
         ("--tasks", tasks is None, {"--task-folder": task_folder, "--num-fewshot": num_fewshot, "--limit": limit}),
+        ("--tasks", tasks is None, {"--task-samples": task_samples}),
         ("--data", not has_texts, {"--compare": compare, "--out": out, "--csv": csv, "--stride": stride}),
         ("--data", not has_texts, {"--by-folder": by_folder or None, "--by-field": by_field}),
         ("--data", not has_texts, {"--window": window if window_ == "document" else None}),
@@ -108,6 +112,7 @@ def evaluate(
             num_fewshot=num_fewshot,
             limit=limit,
             window=window_ if isinstance(window_, int) else None,
+            samples=str(task_samples) if task_samples else None,
             **asked,
         )
         check_tasks(tasks_job)

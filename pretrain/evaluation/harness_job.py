@@ -87,7 +87,7 @@ def _check_values(job: TasksJob) -> None:
         if value is not None and value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
     if job.samples is not None and Path(job.samples).exists():
-        raise ValueError(f"{job.samples} exists: name a new folder for the samples")
+        raise ValueError(f"--task-samples {job.samples} exists: name a new folder")
 
 
 def _run(job: TasksJob, ranks: Ranks) -> dict[str, Any]:

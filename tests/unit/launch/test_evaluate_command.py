@@ -163,8 +163,9 @@ def test_tasks_with_texts_and_alone(model: Path, rows: Path, tmp_path: Path) -> 
     assert both["documents"] == 12
     assert "loss" not in alone
     assert set(alone["conventions"]) < set(both["conventions"])
-    table = steppe(model, *asked, "--html", tmp_path / "t.html").stdout
+    table = steppe(model, *asked, "--html", tmp_path / "t.html", "--task-samples", tmp_path / "samples").stdout
     assert "tiny_choice" in table
+    assert len((tmp_path / "samples" / "tiny_choice.jsonl").read_text().splitlines()) == 3
     assert "acc_norm" in (tmp_path / "t.html").read_text()
 
 
@@ -197,6 +198,7 @@ def test_mistakes_show_before_anything_runs(
         "--compare-step 3 means nothing without --compare": (model, "--data", text, "--compare-step", 3),
         "--limit 3 means nothing without --tasks": (model, "--data", text, "--limit", 3),
         "--csv x.csv means nothing without --data": (model, "--tasks", "x", "--csv", "x.csv"),
+        "--task-samples d means nothing without --tasks": (model, "--data", "x", "--task-samples", "d"),
         "--by-folder means nothing without --data": (model, "--tasks", "x", "--by-folder"),
         "--by-field y means nothing without --data": (model, "--tasks", "x", "--by-field", "y"),
         "--text-field y means nothing without --data": (model, "--tasks", "x", "--text-field", "y"),
