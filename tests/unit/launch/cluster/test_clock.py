@@ -30,7 +30,7 @@ def test_a_pace_is_that_of_the_slowest_but_the_first_step_of_an_attempt() -> Non
         step(2.0),
         step(3.0),
         {"type": "disk_low", "time": 1e6},  # what lies between a step and a validation is none of its time
-        {"type": "evaluation", "seconds": 7.0, "time": 2e6},
+        {"type": "evaluation", "by_source": {}, "seconds": 7.0, "time": 2e6},
         save(4.5),
         step(2.5),
         {"type": "start"},
@@ -67,7 +67,10 @@ def test_a_save_is_remembered_over_any_number_of_steps(tmp_path: Path) -> None:
     assert stopwatch.see(feed.new()) == expected
     assert stopwatch.see(feed.new()) == expected
     with open(path, "a", encoding="utf-8") as file:
-        file.write('oint", "stall_seconds": 0.0, "seconds": 2.0}\n' + event_line("evaluation", {"seconds": 5.0}))
+        file.write(
+            'oint", "stall_seconds": 0.0, "seconds": 2.0}\n'
+            + event_line("evaluation", {"by_source": {}, "seconds": 5.0})
+        )
     assert stopwatch.see(feed.new()) == Pace(1.0, 410.0, 5.0), "a quicker one does not hide it"
 
 
