@@ -18,8 +18,9 @@ from launch.cluster.sweep_status import WatchedSweep
 from launch.curves import StepCurves, smoothing_window
 from launch.goodput import ACCOUNTS, Phase
 from launch.status_view import duration
+from pretrain.profile_table import mfu_in_words, region_rows
 from pretrain.progress import validation_in_words
-from pretrain.run_dir import read_json
+from pretrain.run_dir import RunDir, read_json
 
 TEMPLATES = Path(__file__).parent
 # Rows of a table that are shown; of more, the last ones.
@@ -100,6 +101,7 @@ def run_report(path: Path) -> str:
         status=status,
         facts=_facts(status),
         goodput=_goodput(status),
+        profile=_profile(watched.run),
         plots=_plots(told, watched.history.phases),
         window=smoothing_window(len(told.curves)),
         validation=[(name, plots.colour_of(i, "c1")) for i, name in enumerate(told.validation)],
@@ -174,6 +176,16 @@ def _facts(status: RunStatus) -> list[tuple[str, str]]:
     if status.goodput is not None:
         facts.append(("goodput", f"{status.goodput.in_words()}; of {duration(status.goodput.wall_seconds)}"))
     return facts + [("note", note) for note in status.notes]
+
+
+def _profile(run: RunDir) -> dict[str, Any] | None:
+    """The last profile of the run, if there is one."""
+    written = sorted(run.profiles.glob("step_*/regions.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not written:
+        return None
+    facts = read_json(written[-1])
+    first, last = facts["steps"][0]["step"], facts["steps"][-1]["step"]
+    return {"first": first, "last": last, "rows": region_rows(facts), "mfu": mfu_in_words(facts)}
 
 
 def _goodput(status: RunStatus) -> list[dict[str, Any]]:

@@ -10,7 +10,9 @@ from launch.run_checks import check_device, check_ranks, check_stop_after
 from launch.run_folder import checked_change, checked_recipe, locked, new_run
 from pretrain.hang import HANG, Report, hang_line
 from pretrain.outcome import EXIT_FAILED, EXIT_WRONG_INPUT, Outcome
+from pretrain.profile_request import ProfileRequest, check_profile
 from pretrain.run_dir import RunDir, read_events, read_json
+from pretrain.schedule import last_step_asked
 
 # What torch raises where a peer is gone, among other things.
 OF_PEERS = {"RuntimeError", "DistBackendError", "DistNetworkError", "DistStoreError"}
@@ -23,7 +25,14 @@ OF_MEMORY = (
 )
 
 
-def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, stop_after: int | None) -> Outcome:
+def start(
+    recipe: str,
+    overrides: list[str],
+    run_dir: Path,
+    nproc: int | None,
+    stop_after: int | None,
+    profile: ProfileRequest | None = None,
+) -> Outcome:
     """`steppe train`: make the run folder and train in it. Raises ValueError if the folder holds anything already."""
     run = RunDir(run_dir.resolve())
     config = checked_recipe(recipe, overrides, run)
@@ -31,12 +40,18 @@ def start(recipe: str, overrides: list[str], run_dir: Path, nproc: int | None, s
     check_ranks(config, ranks)
     check_device(config, ranks)
     check_stop_after(stop_after)
+    check_profile(profile, ranks, 0, last_step_asked(config.schedule, stop_after))
     with new_run(config, run):
-        return attempt(run, ranks, stop_after)
+        return attempt(run, ranks, stop_after, profile)
 
 
 def resume(
-    run_dir: Path, overrides: list[str], allowed: list[str], nproc: int | None, stop_after: int | None
+    run_dir: Path,
+    overrides: list[str],
+    allowed: list[str],
+    nproc: int | None,
+    stop_after: int | None,
+    profile: ProfileRequest | None = None,
 ) -> Outcome:
     """`steppe resume`: go on from the newest checkpoint, with what a resume may change changed."""
     run = RunDir(run_dir.resolve())
@@ -45,12 +60,13 @@ def resume(
     check_ranks(change.new, ranks)
     check_device(change.new, ranks)
     check_stop_after(stop_after)
+    check_profile(profile, ranks, 0, last_step=None)  # the ranks find out which step they resume after
     check_no_job(run)
     with locked(run):
         run.stop_path.unlink(missing_ok=True)  # it was to stop then, and is to go on now
         change.make()
         begun = times_begun(run)
-        outcome = attempt(run, ranks, stop_after)
+        outcome = attempt(run, ranks, stop_after, profile)
         if times_begun(run) == begun and change.differences:
             # What was changed has not trained a step, perhaps because it cannot: the run stays what it was.
             change.take_back()
@@ -77,11 +93,12 @@ def times_begun(run: RunDir) -> int:
     return len(read_events(run.events_path, "start")) if run.events_path.is_file() else 0
 
 
-def attempt(run: RunDir, nproc: int, stop_after: int | None) -> Outcome:
+def attempt(run: RunDir, nproc: int, stop_after: int | None, profile: ProfileRequest | None) -> Outcome:
     """Start the ranks and read how they ended."""
     clear_last_attempt(run)
     print(f"starting {nproc} rank{'s' * (nproc > 1)}", file=sys.stderr)
     args = [str(run.path), *([] if stop_after is None else ["--stop-after", str(stop_after)])]
+    args += [] if profile is None else profile.arguments()
     try:
         run_ranks("pretrain.worker", args, nproc)
     except (RanksError, StoppedError) as error:

@@ -3,16 +3,27 @@
 B batch, T sequence, D model width, V vocabulary. Parameters carry Llama's names without the leading `model.`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.attention import Attention
+from model.attention import Attention, Mask, causal_document_mask
 from model.config import ModelConfig, has_experts, padded_vocab_size
 from model.kv_cache import KVCache, LayerCache
-from model.loss import IGNORED_TARGET, WHOLE, LossSums, linear_cross_entropy, linear_cross_entropy_tokens
+from model.loss import (
+    IGNORED_TARGET,
+    WHOLE,
+    LossSums,
+    SoftmaxLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_tokens,
+    softmax_loss,
+)
 from model.mlp import MLP
 from model.moe import MoE
+from model.norm import RMSNorm
 from model.rope import RotaryTables
 
 
@@ -21,14 +32,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.has_experts = has_experts(config, layer)
         self.mlp: nn.Module = MoE(config) if self.has_experts else MLP(config.hidden_size, config.ffn_size)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Mask | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, D) -> (B, T, D), and the losses of the router (scalar fp32, 0 without one); the rest as
         `Attention.forward`."""
@@ -52,6 +63,7 @@ class Head(nn.Module):
         super().__init__()
         self.vocab_size = config.vocab_size
         self.part = WHOLE  # of the vocabulary, that the weight holds
+        self.softmax: SoftmaxLoss = softmax_loss
         shape = (padded_vocab_size(config.vocab_size), config.hidden_size)
         self.register_parameter("weight", None if config.tie_embeddings else nn.Parameter(torch.empty(shape)))
 
@@ -61,7 +73,13 @@ class Head(nn.Module):
         """Sums of the losses of the valid targets, see `linear_cross_entropy`."""
         weight = self._weight(tied_weight)
         return linear_cross_entropy(
-            hidden_BTD.flatten(0, 1), weight, targets_BT.flatten(), self.vocab_size, z_loss, part=self.part
+            hidden_BTD.flatten(0, 1),
+            weight,
+            targets_BT.flatten(),
+            self.vocab_size,
+            z_loss,
+            part=self.part,
+            softmax=self.softmax,
         )
 
     def token_losses(
@@ -69,7 +87,9 @@ class Head(nn.Module):
     ) -> Tensor:
         """Negative log-likelihood of each target, (B, T) fp32, 0 but at the `counted_N`: their places in B x T."""
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1)[counted_N], targets_BT.flatten()[counted_N]
-        nll_N = linear_cross_entropy_tokens(hidden_ND, self._weight(tied_weight), targets_N, self.vocab_size)
+        nll_N = linear_cross_entropy_tokens(
+            hidden_ND, self._weight(tied_weight), targets_N, self.vocab_size, softmax=self.softmax
+        )
         return nll_N.new_zeros(targets_BT.numel()).index_copy_(0, counted_N, nll_N).view_as(targets_BT)
 
     def logits(self, hidden: Tensor, tied_weight: Tensor | None = None) -> Tensor:
@@ -90,9 +110,10 @@ class Decoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(padded_vocab_size(config.vocab_size), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.lm_head = Head(config)
         self.rotary = RotaryTables(config)
+        self.document_mask: Callable[[Tensor], Mask] = causal_document_mask  # goes with the layers' `self_attn.core`
 
     def forward(
         self,
@@ -150,6 +171,7 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """As `hidden`, with the sum of the layers' auxiliary losses."""
         T = tokens_BT.size(1)
+        mask: Mask | None
         if cache is not None:
             assert positions_BT is document_ids_BT is None, "a cache continues one document a row"
             positions_BT, mask = cache.positions(T), cache.mask(T)
@@ -167,9 +189,8 @@ class Decoder(nn.Module):
     def _tied_weight(self) -> Tensor | None:
         return self.embed_tokens.weight if self.config.tie_embeddings else None
 
-    def _mask(self, document_ids_BT: Tensor | None) -> Tensor | None:
-        """(B, 1, T, T) bool, or None where plain causal attention says it all."""
+    def _mask(self, document_ids_BT: Tensor | None) -> Mask | None:
+        """None where plain causal attention says it all."""
         if not self.config.document_mask or document_ids_BT is None:
             return None
-        same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-        return same_BTT.tril()[:, None]
+        return self.document_mask(document_ids_BT)

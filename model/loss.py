@@ -1,6 +1,7 @@
 """Cross-entropy of a linear head that never holds the logits of all tokens.
 
-N tokens, C tokens of a chunk, R of a piece of it, D model width, V vocabulary (padded), logits = hidden @ weight.T.
+N tokens, C tokens of a chunk, R of a piece of it, D model width, V vocabulary (padded), logits = hidden @ weight.T; v
+rows of the vocabulary.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,9 @@ from torch.autograd.function import once_differentiable
 
 IGNORED_TARGET = -100
 CHUNK_TOKENS = 1024
-SOFTMAX_ELEMENTS = 1 << 22
+SOFTMAX_ELEMENTS = 1 << 19
+# Of the weight's gradient, worked on at a time.
+GRADIENT_ROWS = 8192
 
 
 class LossSums(NamedTuple):
@@ -42,6 +45,8 @@ class VocabularyPart:
 
 
 WHOLE = VocabularyPart(0, maximum=lambda x: x, total=lambda x: x)
+# (logits, targets, z_loss, losses, log-partitions, whether the gradient is needed, part): see `softmax_loss`.
+SoftmaxLoss = Callable[[Tensor, Tensor, float, Tensor, Tensor, bool, VocabularyPart], None]
 
 
 def linear_cross_entropy(
@@ -52,6 +57,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
     part: VocabularyPart = WHOLE,
+    softmax: SoftmaxLoss | None = None,
 ) -> LossSums:
     """Sum over tokens of the cross-entropy of softmax(hidden @ weight.T), a chunk of tokens at a time.
 
@@ -59,6 +65,7 @@ def linear_cross_entropy(
     z_loss: coefficient of log(Z)^2 (PaLM, Chowdhery et al. 2022, arXiv 2204.02311, section 5).
     part: if the weight holds a part of the vocabulary, then so does its gradient, and the hidden states' gradient is
         this part's share: the sum over parts is the whole.
+    softmax: how a chunk's logits become its losses and their own gradient; default `softmax_loss`.
     A target of -100 does not count. Products run in the inputs' dtype (autocast's, if on), the softmax in fp32.
     """
     device_type = hidden_ND.device.type
@@ -69,18 +76,23 @@ def linear_cross_entropy(
         # Inside forward gradients are always off, and needs_input_grad says nothing of no_grad around it.
         with_grads = torch.is_grad_enabled()
         total, nll_N = _LinearCrossEntropy.apply(
-            hidden_ND, weight_VD, targets_N, vocab_size, z_loss, chunk_tokens, with_grads, part
+            hidden_ND, weight_VD, targets_N, vocab_size, z_loss, chunk_tokens, with_grads, part, softmax or softmax_loss
         )
     return LossSums(total, nll_N.sum())
 
 
 def linear_cross_entropy_tokens(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, vocab_size: int, chunk_tokens: int = CHUNK_TOKENS
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    vocab_size: int,
+    chunk_tokens: int = CHUNK_TOKENS,
+    softmax: SoftmaxLoss | None = None,
 ) -> Tensor:
     """Negative log-likelihood (nats) of each token, (N,) fp32, 0 where the target is -100. Not differentiable."""
     with torch.no_grad():
         _, nll_N = _LinearCrossEntropy.apply(
-            hidden_ND, weight_VD, targets_N, vocab_size, 0.0, chunk_tokens, False, WHOLE
+            hidden_ND, weight_VD, targets_N, vocab_size, 0.0, chunk_tokens, False, WHOLE, softmax or softmax_loss
         )
     return nll_N
 
@@ -99,6 +111,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk_tokens: int,
         with_grads: bool,
         part: VocabularyPart,
+        softmax: SoftmaxLoss,
     ) -> tuple[Tensor, Tensor]:
         N, V = len(targets_N), len(weight_VD)
         needs_hidden, needs_weight = (with_grads and needed for needed in ctx.needs_input_grad[:2])
@@ -112,12 +125,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, N, chunk_tokens):
             chunk = slice(start, min(start + chunk_tokens, N))
             logits_CV = torch.mm(hidden_ND[chunk], weight_VD.T, out=logits_buffer[: chunk.stop - start])
-            logits_CV[:, max(0, vocab_size - part.start) :] = -torch.inf
-            _softmax_loss(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad, part)
+            # The least number: its exponential is 0 beside any other's, and a part that is nothing else has one still.
+            logits_CV[:, max(0, vocab_size - part.start) :] = torch.finfo(logits_CV.dtype).min
+            softmax(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad, part)
             if grad_hidden_ND is not None:
                 torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
             if grad_weight_VD is not None:
-                grad_weight_VD += logits_CV.T @ hidden_ND[chunk]
+                _add_product(grad_weight_VD, logits_CV, hidden_ND[chunk])
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
         ctx.mark_non_differentiable(nll_N)
@@ -129,15 +143,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # In fp32: rounded to bf16, the factor 1 / tokens would be off by up to 0.2 %, and the gradient's norm with it.
         grads = (
-            None if grad is None else (grad.float() * grad_total).to(dtype)
+            None if grad is None else _scaled(grad, grad_total, dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *grads, None, None, None, None, None, None
+        return *grads, None, None, None, None, None, None, None
 
 
-def _softmax_loss(
+def _add_product(sum_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
+    """sum += logits.T @ hidden, by parts: neither the product nor the fp32 copy of it that is added is there whole."""
+    for start in range(0, len(sum_VD), GRADIENT_ROWS):
+        rows = slice(start, start + GRADIENT_ROWS)
+        sum_VD[rows] += logits_CV[:, rows].T @ hidden_CD
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, multiplied in fp32: rounded to bf16, the factor 1 / tokens would be off by up to 0.2 %,
+    and the gradient's norm with it."""
+    scaled = torch.empty_like(grad, dtype=dtype)
+    for start in range(0, len(grad), GRADIENT_ROWS):
+        rows = slice(start, start + GRADIENT_ROWS)
+        scaled[rows] = grad[rows].float() * factor
+    return scaled
+
+
+def softmax_loss(
     logits_CV: Tensor,
     targets_C: Tensor,
     z_loss: float,
@@ -149,8 +179,8 @@ def _softmax_loss(
     """Fill `nll_C` and `log_partition_C` (fp32, 0 where the target does not count); with `needs_grad`, replace the
     logits by the gradient of the loss: p (1 + 2 z_loss log Z) - onehot(target), with p = softmax(logits).
 
-    Some rows at a time, so that the pass over the vocabulary stays in the processor's cache, and its fp32 copy small; a
-    part of the vocabulary is smaller, and takes all rows at once, since its maxima and sums are other ranks' business.
+    Some rows at a time, so that the passes over the vocabulary stay in the processor's cache, and its fp32 copy small;
+    a part of the vocabulary is smaller, and takes all rows at once, its maxima and sums being other ranks' business.
     """
     C, V = logits_CV.shape
     rows = max(1, SOFTMAX_ELEMENTS // V) if part is WHOLE else C
@@ -161,15 +191,20 @@ def _softmax_loss(
         row_R1 = targets_C[piece][:, None] - part.start
         held_R1 = valid_R1 & (row_R1 >= 0) & (row_R1 < V)
         row_R1 = row_R1.clamp(0, V - 1)
-        max_R1 = part.maximum(logits_RV.amax(dim=1, keepdim=True).float())
-        target_logit_R1 = logits_RV.gather(1, row_R1).float().where(held_R1, 0.0)
-        p_RV = buffer[: piece.stop - start].copy_(logits_RV).sub_(max_R1).exp_()
-        sums_R2 = part.total(torch.cat([p_RV.sum(dim=1, keepdim=True), target_logit_R1], dim=1))
+        p_RV = buffer[: piece.stop - start].copy_(logits_RV)
+        target_logit_R1 = p_RV.gather(1, row_R1).where(held_R1, 0.0)
+        own_max_R1 = p_RV.amax(dim=1, keepdim=True)
+        torch.softmax(p_RV, dim=1, out=p_RV)
+        # Softmax keeps its sum to itself. The largest probability, 1 / V or more, is that sum's inverse.
+        own_log_partition_R1 = own_max_R1 - p_RV.amax(dim=1, keepdim=True).log()
+        max_R1 = part.maximum(own_log_partition_R1.clone())
+        sums_R2 = part.total(torch.cat([(own_log_partition_R1 - max_R1).exp(), target_logit_R1], dim=1))
         partition_R1, target_logit_R1 = sums_R2.split(1, dim=1)
-        log_partition_R1 = (partition_R1.log() + max_R1) * valid_R1
-        log_partition_C[piece] = log_partition_R1[:, 0]
-        nll_C[piece] = (log_partition_R1 - target_logit_R1)[:, 0]
+        log_partition_R1 = partition_R1.log() + max_R1
+        nll_C[piece] = (log_partition_R1 * valid_R1 - target_logit_R1)[:, 0]
+        log_partition_C[piece] = (log_partition_R1 * valid_R1)[:, 0]
         if needs_grad:
-            p_RV *= valid_R1 * (1 + 2 * z_loss * log_partition_R1) / partition_R1
+            share_R1 = (own_log_partition_R1 - log_partition_R1).exp()  # of all probability, in this part
+            p_RV *= valid_R1 * share_R1 * (1 + 2 * z_loss * log_partition_R1)
             # The target's entry is subtracted before it is rounded to the logits' dtype.
             logits_RV.copy_(p_RV.scatter_add_(1, row_R1, -held_R1.float()))

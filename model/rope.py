@@ -13,6 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from model.config import LinearScaling, Llama3Scaling, ModelConfig, YarnScaling
 
+# (x, cos, sin) -> x rotated, see `rotate`.
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+PIECE_ELEMENTS = 1 << 18
+
 
 class RotaryTables(nn.Module):
     """cos and sin of the rotation angles, in fp32 whatever the model's precision.
@@ -39,30 +43,47 @@ class RotaryTables(nn.Module):
 
 def rotate(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + h/2]) by its position's angle; computed in fp32, returned in x's dtype."""
-    return _Rotation.apply(x_BTHh, cos, sin)
+    return _Rotation.apply(x_BTHh, cos, sin, x_BTHh.numel())
+
+
+def rotate_in_pieces(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As `rotate`, a few sequences at a time: for processors, in whose cache their fp32 copies stay. Compiled, the
+    whole makes no copies."""
+    if torch.compiler.is_compiling():
+        return rotate(x_BTHh, cos, sin)
+    return _Rotation.apply(x_BTHh, cos, sin, PIECE_ELEMENTS)
 
 
 class _Rotation(torch.autograd.Function):
     """The gradient of a rotation is the rotation back: nothing of x is kept, and both ways cost the same."""
 
     @staticmethod
-    def forward(ctx: Any, x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BTHh: Tensor, cos: Tensor, sin: Tensor, piece_elements: int) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x_BTHh, cos, sin)
+        ctx.piece_elements = piece_elements
+        return _rotated(x_BTHh, cos, sin, piece_elements)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTHh: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_BTHh: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grad_BTHh, cos, -sin), None, None
+        return _rotated(grad_BTHh, cos, -sin, ctx.piece_elements), None, None, None
 
 
-def _rotated(x_BTHh: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = (half.float() for half in x_BTHh.chunk(2, dim=-1))
+def _rotated(x_BTHh: Tensor, cos: Tensor, sin: Tensor, piece_elements: int) -> Tensor:
+    """b: the sequences of a piece."""
+    B, half = len(x_BTHh), x_BTHh.size(-1) // 2
     rotated_BTHh = torch.empty_like(x_BTHh)
-    half = first.size(-1)
-    rotated_BTHh[..., :half] = (first * cos).addcmul_(second, sin, value=-1)
-    rotated_BTHh[..., half:] = (second * cos).addcmul_(first, sin)
+    rows = max(1, piece_elements * B // max(1, x_BTHh.numel()))
+    both_cos = torch.cat((cos, cos), dim=-1)
+    for piece in (slice(start, start + rows) for start in range(0, B, rows)):
+        own_cos, own_sin = (both_cos, sin) if len(sin) == 1 else (both_cos[piece], sin[piece])
+        x_bTHh = x_BTHh[piece].to(torch.promote_types(x_BTHh.dtype, torch.float32))
+        first, second = x_bTHh.chunk(2, dim=-1)
+        turned_bTHh = x_bTHh * own_cos
+        turned_bTHh[..., :half].addcmul_(second, own_sin, value=-1)
+        turned_bTHh[..., half:].addcmul_(first, own_sin)
+        rotated_BTHh[piece] = turned_bTHh
     return rotated_BTHh
 
 

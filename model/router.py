@@ -4,11 +4,11 @@ B batch, T sequence, D model width, E experts, K experts a token takes.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.autograd.function import once_differentiable
 
 from model.config import ModelConfig, MoEConfig
 
@@ -42,7 +42,7 @@ class Router(nn.Module):
     def forward(self, x_BTD: Tensor) -> Routing:
         """x (B, T, D) of any dtype. Nothing is random: equal inputs are routed alike, when recomputed too."""
         with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_BTE = functional.linear(x_BTD.float(), self.weight)
+            logits_BTE = _Logits.apply(x_BTD.flatten(0, 1), self.weight).unflatten(0, x_BTD.shape[:2])
         scores_BTE = logits_BTE.softmax(dim=-1) if self.moe.router == "softmax" else logits_BTE.sigmoid()
         experts_BTK = self._choice(scores_BTE.detach())
         weights_BTK = scores_BTE.gather(-1, experts_BTK)
@@ -78,6 +78,21 @@ class Router(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return super()._apply(move, recurse)
+
+
+class _Logits(torch.autograd.Function):
+    """x (N, D) times the weight (E, D), in fp32: (N, E). What is kept of x is x, and not its copy in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        return x_ND.float() @ weight_ED.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NE: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, weight_ED = ctx.saved_tensors
+        return (grad_NE @ weight_ED).to(x_ND.dtype), grad_NE.T @ x_ND.float()
 
 
 def count_pairs(experts_BTK: Tensor, experts: int) -> Tensor:

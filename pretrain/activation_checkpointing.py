@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from model.decoder import Decoder
+from model.opaque_attention import OPERATOR
 from pretrain.config import ParallelConfig
 
 # The products that take most of a block's time: of matrices, of experts' matrices, and attention on each device.
@@ -29,6 +30,8 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+    OPERATOR,  # a processor's, in a compiled block
 }
 
 
@@ -41,7 +44,9 @@ def apply_activation_checkpointing(decoder: Decoder, parallel: ParallelConfig) -
         return
     checkpointed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     if parallel.activation_checkpointing == "selective":
-        checkpointed = functools.partial(checkpointed, context_fn=_keep_and_replay)
+        # The compiler goes by torch's own way to say what is kept; under a mode of ours it would compile nothing.
+        context = _keep_compiled if parallel.compile else _keep_and_replay
+        checkpointed = functools.partial(checkpointed, context_fn=context)
     for block in list(decoder.layers)[:: parallel.activation_checkpointing_every]:
         block.forward = functools.partial(checkpointed, block.forward)
 
@@ -56,7 +61,23 @@ def _keep_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     return _Keep(kept), _Replay(kept)
 
 
+def _keep_compiled() -> tuple[Any, Any]:
+    """As `_keep_and_replay`, for a block that is compiled together with its recomputation."""
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class _Keep(TorchDispatchMode):
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """A part that is compiled by itself (`FlexAttention`'s kernel) stays so, unseen, and is computed again."""
+        return True
+
     def __init__(self, kept: deque[Any]) -> None:
         super().__init__()
         self.kept = kept

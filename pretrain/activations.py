@@ -7,16 +7,17 @@ The arithmetic is that of Korthikanti et al. 2022 (arXiv 2205.05198, section 4),
 rank works on N / S tokens, in its matrices on 1 / T of their width, and between them (norms, residual stream) on 1 / T
 of its tokens. Kept by a block that recomputes nothing, in bytes a token of a rank that splits nothing:
 
-    each of the two norms    b D + 4, its input and the inverse root mean square; by a composite kernel 8 D + 4
+    each of the two norms    b D + 4, its input and the inverse root mean square
     the norms' outputs       2 b D, what the projections of attention and of the MLP take
     qk-norm, if there is     as the norms, with (H + K) h in place of D, and 4 (H + K)
     attention                b (2 H + 2 K) h + 4 H: q and k rotated, v, the result, and a logarithm of a sum a head
-    SwiGLU                   4 b F: gate, up, silu(gate), and the product, which the last projection takes
+    SwiGLU                   3 b F: gate, up, and silu(gate) up, which the last projection takes
     mask, if there is        b times the tokens of a sequence: attention makes a bias of it in each block
 
-Experts are not split by T: the tensor ranks take different tokens to them. A layer of experts keeps its input in fp32
-for the router, 4 D, whose logits and scores are 8 E; of each of a token's k rows 2 b D + 4 b F, and 16 for where it
-goes; and SwiGLU of the shared experts. The rows of all ranks are assumed to fall evenly on all experts.
+Experts are not split by T: the tensor ranks take different tokens to them. A layer of experts keeps its input, b D; the
+logits and scores of the router, 8 E, and 16 for each of its k choices; 2 b F, gate and up, and 12 of each slot, which
+holds one of a token's k rows or pads an expert's; and SwiGLU of the shared experts. The rows of all ranks are taken to
+fall evenly on all experts. Where those are split, a row is kept as it arrives, and its result as well: 2 b D + 24.
 """
 
 import math
@@ -26,9 +27,11 @@ from typing import NamedTuple
 from model.config import ModelConfig, has_experts, padded_vocab_size
 from pretrain.config import Recompute
 
-# As in `model/loss.py`, which needs torch; a test holds them together.
+# As in `model/loss.py` and `model/token_rows.py`, which need torch; a test holds them together.
+EXPERT_SLOT_MULTIPLE = 64
 LOSS_CHUNK_TOKENS = 1024
-LOSS_SOFTMAX_ELEMENTS = 1 << 22
+LOSS_SOFTMAX_ELEMENTS = 1 << 19
+LOSS_GRADIENT_ROWS = 8192
 FP32 = 4
 
 
@@ -37,10 +40,9 @@ class Work:
     """The tokens that one forward pass of a rank works on, and how.
 
     tokens: N, of the micro-batch, before sequence parallelism splits it.   sequence_length: tokens of one sequence.
-    element_bytes: b.     tensor, sequence: T and S.
-    fused: a GPU's kernels: a norm is one, which keeps its input, and an operand is converted on the way in. Elsewhere a
-        norm is several operations, which keep an fp32 copy of its input and another of that normalised, and adding 16
-        bits to fp32 makes an fp32 copy first.
+    element_bytes: b.     tensor, sequence: T and S.     expert: ranks that share out the experts.
+    fused: a GPU's kernels, which convert an operand on the way in. Elsewhere adding 16 bits to fp32 makes an fp32 copy
+        first.
     """
 
     tokens: int
@@ -48,6 +50,7 @@ class Work:
     element_bytes: int
     tensor: int = 1
     sequence: int = 1
+    expert: int = 1
     fused: bool = True
 
     @property
@@ -76,7 +79,7 @@ def block_activations(config: ModelConfig, layer: int, work: Work, recompute: Re
     """
     b, attention, mlp = work.element_bytes, _attention(config, work), _mlp(config, layer, work)
     block_input = b * work.outside * config.hidden_size
-    everything = 2 * _norm(work.outside, config.hidden_size, work) + attention.everything + mlp.everything
+    everything = 2 * _norm(work.outside, config.hidden_size, b) + attention.everything + mlp.everything
     if recompute == "none":
         return Kept(everything, 0)
     if recompute == "full":
@@ -94,20 +97,22 @@ def activation_bytes(config: ModelConfig, work: Work, recompute: Recompute = "no
         block_activations(config, layer, work, recompute if layer % every == 0 else "none")
         for layer in range(config.num_layers)
     ]
-    final = _norm(work.outside, config.hidden_size, work)
+    final = _norm(work.outside, config.hidden_size, work.element_bytes)
     return Kept(sum(block.kept for block in blocks) + final, max(block.recomputed for block in blocks))
 
 
 def loss_bytes(config: ModelConfig, work: Work) -> int:
     """The most that the head's loss holds besides: the hidden states and their gradient, the fp32 gradient of the
-    head's weight, and with it either a chunk's logits, or what scaling that gradient takes. See `model/loss.py`."""
+    head's weight, and with it either a chunk's logits and what is made of them, or the scaled gradient. See
+    `model/loss.py`."""
     b, rows = work.element_bytes, padded_vocab_size(config.vocab_size) // work.tensor
     chunk = min(LOSS_CHUNK_TOKENS, work.inside)
     softmax_rows = min(chunk, max(1, LOSS_SOFTMAX_ELEMENTS // rows)) if work.tensor == 1 else chunk
     hidden, weight = work.inside * config.hidden_size, rows * config.hidden_size
-    added = b * weight + (0 if work.fused or b == FP32 else FP32 * weight)
+    part = min(LOSS_GRADIENT_ROWS, rows) * config.hidden_size
+    added = b * part + (0 if work.fused or b == FP32 else FP32 * part)
     forward = b * chunk * rows + max(FP32 * softmax_rows * rows, added)
-    scaled = FP32 * weight + (b * weight if b < FP32 else 0)
+    scaled = b * weight + FP32 * part
     return 2 * b * hidden + FP32 * weight + max(forward, scaled)
 
 
@@ -123,9 +128,8 @@ class _Part(NamedTuple):
         return _Part(self.everything + other.everything, self.products + other.products, self.shared + other.shared)
 
 
-def _norm(rows: int, width: int, work: Work) -> int:
-    copies = work.element_bytes if work.fused else 2 * FP32
-    return rows * (copies * width + FP32)
+def _norm(rows: int, width: int, b: int) -> int:
+    return rows * (b * width + FP32)
 
 
 def _attention(config: ModelConfig, work: Work) -> _Part:
@@ -140,7 +144,7 @@ def _attention(config: ModelConfig, work: Work) -> _Part:
     if work.sequence > 1:
         everything += b * attended  # the result, given back to the ranks of its tokens
     if config.qk_norm:
-        everything += sum(_norm(n * count, h, work) for count in (heads, kv_heads))
+        everything += sum(_norm(n * count, h, b) for count in (heads, kv_heads))
     if config.document_mask:
         everything += b * work.tokens * work.sequence_length
     result = b * attended + softmax
@@ -153,16 +157,18 @@ def _mlp(config: ModelConfig, layer: int, work: Work) -> _Part:
     if moe is None or not has_experts(config, layer):
         return _swiglu(b, work.inside, D, config.ffn_size // work.tensor, gathered)
     tokens, rows = work.outside, work.outside * moe.experts_per_token
-    # A row is gathered for its expert, and its result kept to be weighed.
-    part = _swiglu(b, rows, D, moe.expert_ffn_size, 2 * b * rows * D + 16 * rows)
-    routing = _Part(tokens * (FP32 * D + 2 * FP32 * moe.experts), 0, 0)
+    slots = rows + min(rows, moe.experts // work.expert) * (EXPERT_SLOT_MULTIPLE - 1)
+    gate_up = 2 * b * slots * moe.expert_ffn_size
+    part = _Part(gate_up + 12 * slots, gate_up + b * slots * D, gate_up)
+    if work.expert > 1:
+        part = part.plus(_Part(rows * (2 * b * D + 24), 0, 0))
+    routing = _Part(tokens * (b * D + 2 * FP32 * moe.experts) + 16 * rows, 0, 0)
     if not moe.shared_experts:
         return part.plus(routing)
-    # In fp32 on a rank of its own, their input is the router's.
-    inputs = gathered if work.tensor > 1 or b < FP32 else 0
+    inputs = gathered if work.tensor > 1 else 0  # on a rank of its own, their input is the router's
     width = moe.shared_experts * moe.expert_ffn_size // work.tensor
     return part.plus(routing).plus(_swiglu(b, work.inside, D, width, inputs))
 
 
 def _swiglu(b: int, rows: int, D: int, F: int, inputs: int) -> _Part:
-    return _Part(inputs + 4 * b * rows * F, b * rows * (2 * F + D), 2 * b * rows * F)
+    return _Part(inputs + 3 * b * rows * F, b * rows * (2 * F + D), 2 * b * rows * F)

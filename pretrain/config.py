@@ -222,6 +222,8 @@ class RunConfig(Section):
     """Everything that decides what a run learns and how it is laid out.
 
     `precision` is the dtype of forward and backward: the masters and the optimizer's state are fp32 in each.
+    `deterministic`: the same run on the same devices in the same layout gives the same bits on GPUs too, where it costs
+    some speed; on processors it does in any case.
     `init_from`: weights to start from instead of the seed's: a run, one of its checkpoints, or an imported one.
     `deepspeed` is merged into DeepSpeed's derived configuration last, and cannot contradict what the recipe says.
     """
@@ -234,6 +236,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    deterministic: bool = False
     init_from: str | None = None
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

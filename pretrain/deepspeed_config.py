@@ -62,18 +62,27 @@ ALLOWED: dict[str, type] = {
 }
 
 
-def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, data_world: int, overlaps: bool = False) -> dict[str, Any]:
     """DeepSpeed's JSON for a run. Accumulation boundaries are set by the engine, so a batch ramp needs nothing here.
 
+    data_world: ranks with other sequences. overlaps: whether the device communicates beside what it computes.
     Raises ValueError where `deepspeed:` sets what the recipe decides elsewhere, or what is not ALLOWED.
     """
     parallel = config.parallel
+    token_world = data_world * parallel.sequence  # ranks over which gradients are reduced
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.batch.micro_batch_size,
         "gradient_accumulation_steps": micro_batches(config, config.batch.global_batch_size, data_world),
         "gradient_clipping": 0.0,  # the engine clips
-        # DeepSpeed's own 500 M elements would take 2 GB of fp32, whatever the model.
-        "zero_optimization": {"stage": parallel.zero_stage, "reduce_bucket_size": 100_000_000},
+        "zero_optimization": {
+            "stage": parallel.zero_stage,
+            "reduce_bucket_size": reduce_bucket_elements(token_world),
+            # A gradient is copied into its bucket as soon as it is made, and its own memory is free again.
+            "contiguous_gradients": True,
+            # Two buckets take turns: one is reduced while backward fills the other. Alone a rank has nothing to hide.
+            # Deterministic runs do without: should a wait between the two streams ever be missing, digits would differ.
+            "overlap_comm": overlaps and token_world > 1 and not config.deterministic,
+        },
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW; DeepSpeed's own would be compiled at start
         "zero_force_ds_cpu_optimizer": False,  # the same with offload
         "communication_data_type": parallel.reduce_dtype,  # its default for bf16 reduces gradients in bf16
@@ -89,6 +98,17 @@ def deepspeed_config(config: RunConfig, data_world: int) -> dict[str, Any]:
     if config.precision == "fp16":
         derived["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
     return _merged(derived, config.deepspeed)
+
+
+def reduce_bucket_elements(ranks: int) -> int:
+    """Gradients, in elements, that are reduced at a time over so many ranks.
+
+    A ring takes 2 (ranks - 1) steps, each of which carries 1 / ranks of a bucket and has a latency: to be bound by
+    bandwidth, a bucket grows with the ranks. The constants are Megatron-Core's for its buckets
+    (`DistributedDataParallelConfig.bucket_size`): 160 MB in fp32, and 4 MB a rank beyond 40. DeepSpeed's own 500 M
+    elements would take 2 GB, twice that where two buckets take turns, and leave small models nothing to overlap.
+    """
+    return max(40_000_000, 1_000_000 * ranks)
 
 
 def _merged(derived: dict[str, Any], given: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ stage 3 through `grad_position`; the engine's class is narrowed so that one opti
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import deepspeed
@@ -18,6 +18,7 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from model.decoder import Block, Decoder
 from pretrain.parallel_dims import ParallelDims
 from pretrain.placement import Placement
 
@@ -111,6 +112,11 @@ def partition(parameter: nn.Parameter, init: deepspeed.zero.Init) -> None:
     """Keep this rank's share of a parameter and let go of the rest; unlike DeepSpeed's own, without a broadcast."""
     init._convert_to_deepspeed_param(parameter)
     parameter.partition()  # type: ignore[attr-defined]
+
+
+def gather_by_block(decoder: Decoder) -> None:
+    """Let stage 3 gather a block's parameters all at once, around its forward, instead of each module's within it."""
+    deepspeed.utils.set_z3_leaf_modules(decoder, [Block])
 
 
 def build(model: nn.Module, optimizer: Any, config: dict[str, Any], unit: ModelParallelUnit) -> Engine:
@@ -228,6 +234,34 @@ def shrink(parameters: Iterable[Tensor], factor: Tensor) -> None:
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.mul_(factor.to(parameter.grad.device))
+
+
+@contextmanager
+def around_reductions(engine: Engine, inside: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """While this is open, whatever DeepSpeed does with gradients that are there is done inside a context of `inside()`:
+    its hook after each parameter's gradient, and what it does at the end of a backward pass."""
+    stage = engine.zero_optimization_stage()
+    places = [(engine, "allreduce_gradients")]
+    if stage:
+        places.append(
+            (engine.optimizer, "process_gradients" if stage < 3 else "reduce_ready_partitions_and_remove_grads")
+        )
+    before = [(owner, name, getattr(owner, name)) for owner, name in places]
+
+    def wrapped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def reduce(*args: Any, **kwargs: Any) -> Any:
+            with inside():
+                return function(*args, **kwargs)
+
+        return reduce
+
+    for owner, name, function in before:
+        setattr(owner, name, wrapped(function))
+    try:
+        yield
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
 def loss_scale(engine: Engine) -> float:

@@ -21,6 +21,14 @@ GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "L40S": {torch.bfloat16: 362e12, torch.float16: 362e12, torch.float32: 91.6e12},
 }
 
+# What `make_deterministic` sets, and the other values that serve as well. NCCL: an algorithm and a protocol, rather
+# than its choice by size and measured speed, or sums in the network's switches.
+DETERMINISTIC_SETTINGS: dict[str, tuple[str, ...]] = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree"),
+    "NCCL_PROTO": ("Simple", "LL", "LL128"),
+}
+
 
 def local_rank() -> int:
     """This process's index on its node, as the launcher says."""
@@ -33,6 +41,39 @@ def detect() -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
+
+
+def is_processor(device: torch.device) -> bool:
+    """Whether kernels for processors serve, not those for GPUs."""
+    return device.type == "cpu"
+
+
+def overlaps_communication(device: torch.device) -> bool:
+    """Whether gradients can travel between ranks while the device computes: on a GPU, which has streams. gloo's threads
+    would take the cores that a processor computes on."""
+    return not is_processor(device)
+
+
+def make_deterministic() -> None:
+    """Let the same work on the same devices and layout give the same bits. To be called before the process group is
+    made and before anything is computed on a GPU.
+
+    torch chooses deterministic kernels (flash attention's backward and FlexAttention among them), inductor tunes
+    nothing by time, cuBLAS gets a workspace of its own for each stream, and NCCL always sums in the order of one ring.
+    On processors nothing changes, but that some sums are taken by one thread.
+
+    Raises ValueError where the environment asks for the contrary.
+    """
+    for name, (default, *others) in DETERMINISTIC_SETTINGS.items():
+        value = os.environ.setdefault(name, default)
+        if value not in (default, *others):
+            raise ValueError(
+                f"deterministic=true does not go with {name}={value} in the environment: unset it, or make it "
+                f"{' or '.join((default, *others))}"
+            )
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written; to fill it first would cost a pass over each tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def device_count() -> int:
@@ -154,13 +195,47 @@ class Stopwatch:
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
-def prepare_deepspeed() -> None:
-    """Call before `deepspeed.initialize`. Off a GPU it would compile a shared-memory kernel (30 to 98 s) that training
-    does not need."""
-    if not torch.cuda.is_available():
-        import deepspeed.ops
+class DeviceClock:
+    """Moments in what a device is asked for, marked without a wait of the host's. A processor has no clock of its own:
+    what it is asked for is done when the call returns. Not tried on a GPU."""
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    def __init__(self, device: torch.device) -> None:
+        self._of_gpu = device.type == "cuda"
+
+    def mark(self) -> torch.cuda.Event | None:
+        """When the device has done what its current stream was asked for until now; None on a processor."""
+        if not self._of_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Until the device has passed every mark."""
+        if self._of_gpu:
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def nanoseconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> int:
+        """From one mark to another, both passed."""
+        return round(begin.elapsed_time(end) * 1e6)
+
+
+def prepare_deepspeed() -> None:
+    """Call before DeepSpeed's engine is built: leaves out what starts slowly and training does not need."""
+    import deepspeed.ops
+    from deepspeed.runtime import compiler
+
+    # Else it asks a compiler which of its kernels could be built (0.2 s), and off a GPU builds one of shared memory
+    # (30 to 98 s). We use none of them.
+    deepspeed.ops.__compatible_ops__ = {}
+    # Reducing gradients it looks at its own Muon, which decorates a function that we never call: torch's compiler would
+    # be loaded for it, in the first step (2 s).
+    compile_function, compiler.compile = compiler.compile, lambda *_, **__: lambda function: function
+    try:
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = compile_function
 
 
 def device_name(device: torch.device) -> str:

@@ -6,6 +6,7 @@ batch; so a layout, or how the targets happen to fall on ranks, does not change 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from pretrain.boxes import Piece
 from pretrain.config import RunConfig
 from pretrain.device import Stopwatch
 from pretrain.parallel_dims import ParallelDims
+from pretrain.regions import RegionClock
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -62,6 +64,9 @@ class Engine(Protocol):
         before_update: called when the gradients are there, before anything that `pieces` shows is changed.
         skip: leave the update out whatever the gradient is; the same on every rank. It does not touch a loss scale.
         """
+
+    def timed(self, clock: RegionClock) -> AbstractContextManager[None]:
+        """While this is open, the clock is told where a step is; whoever calls says what comes after it."""
 
     def validation_nll(self, batch: Batch) -> Tensor:
         """This rank's share of the sum of -log p over a batch's targets, without gradients. Collective."""

@@ -7,6 +7,7 @@ What DeepSpeed is left to do is to reduce, partition, offload, clip and step. Th
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pretrain import deepspeed_zero
 from pretrain.boxes import Box, Piece, boxes_of_range
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.device import Stopwatch, prepare_deepspeed
+from pretrain.device import Stopwatch, overlaps_communication, prepare_deepspeed
 from pretrain.engine import (
     DTYPES,
     StepStats,
@@ -35,6 +36,7 @@ from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize, placements
 from pretrain.placement import Placement, holders, kept_beside_zero
+from pretrain.regions import Region, RegionClock, untimed
 from pretrain.replicas import Replica, differing_replicas
 from pretrain.whole_parameters import WholeParameters
 
@@ -44,11 +46,12 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, device: torch.device, dims: ParallelDims) -> None:
         self.config, self.device, self.dims = config, device, dims
+        self._at: Callable[[Region], None] = untimed
         self.forward_watch = Stopwatch(device)
         self.places = placements(config.model, dims)
         deepspeed_logger.setLevel(logging.ERROR)
         prepare_deepspeed()
-        settings = deepspeed_config(config, dims.data_world)
+        settings = deepspeed_config(config, dims.data_world, overlaps_communication(device))
         unit = deepspeed_zero.ModelParallelUnit(dims)
         unit.announce_experts()
         init = deepspeed_zero.zero_init(settings, unit) if config.parallel.zero_stage == 3 else None
@@ -59,6 +62,8 @@ class DeepSpeedEngine:
                 deepspeed_zero.partition(parameter, init)
 
         decoder = parallelize(config, device, DTYPES[config.precision], dims, made)
+        if config.parallel.compile:
+            deepspeed_zero.gather_by_block(decoder)
         self.apart = WholeParameters(decoder, config, dims)
         optimizer = build_optimizer(parameter_groups(decoder.named_parameters(), config.optimizer), config)
         self.engine = deepspeed_zero.build(decoder, optimizer, settings, unit)
@@ -84,10 +89,12 @@ class DeepSpeedEngine:
         skip: bool = False,
     ) -> StepStats:
         """See Engine."""
+        self._at("agreement")
         valid_tokens = global_valid_tokens(batches, self.device, self.config.parallel.ranks_per_sample)
         sequences = sum(len(batch.tokens) for batch in batches) * self.dims.data_world
         nll = torch.zeros((), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
+            self._at("forward")
             self.engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             inputs = decoder_inputs(batch, self.device, self.dims)
             if index == 0:
@@ -96,19 +103,31 @@ class DeepSpeedEngine:
             if index == 0:
                 self.forward_watch.stop()
             objective = sums.total / valid_tokens + sums.auxiliary / sequences
+            self._at("backward")
             # DeepSpeed averages gradients over the ranks with other tokens: times their number, it is the sum.
             self.engine.backward((objective * self.dims.size("token")).float(), scale_wrt_gas=False)
             nll += sums.nll
         self._nll, self._skip = nll, skip
+        self._at("reduction")
         self.apart.reduce_gradients()
         for group in self._basic_optimizer.param_groups:
             group["lr"] = lr
+        self._at("checkpoint")
         before_update()
+        self._at("optimizer")
         self.engine.step()
         updated = self.engine.was_step_applied()
         self.apart.step(lr, self._shrink, updated)
         expert_load = balance_experts(self.engine.module, updated)
         return StepStats(self._share(nll), valid_tokens, self._grad_norm, expert_load)
+
+    @contextmanager
+    def timed(self, clock: RegionClock) -> Iterator[None]:
+        """See Engine."""
+        self._at = clock.at
+        with deepspeed_zero.around_reductions(self.engine, lambda: clock.inside("reduction")):
+            yield
+        self._at = untimed
 
     def _share(self, nll: Tensor) -> Tensor:
         """A loss that tensor-parallel ranks all have, counted once; but not a number where any of them has none."""

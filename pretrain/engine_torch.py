@@ -5,6 +5,7 @@ masters, and gradients are accumulated in fp32; there is no loss scaling, so fp1
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.device import Stopwatch
 from pretrain.engine import DTYPES, StepStats, balance_experts, decoder_inputs, global_valid_tokens
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
+from pretrain.regions import RegionClock
 from pretrain.replicas import Replica, differing_replicas
 
 
@@ -81,6 +83,10 @@ class TorchEngine:
         for tensor, old in zip(live, before, strict=True):
             tensor.copy_(torch.where(updated, tensor, old))
         self._copy_masters()
+
+    def timed(self, clock: RegionClock) -> AbstractContextManager[None]:
+        """See Engine. An oracle is not timed: its step is whatever region was before."""
+        return nullcontext()
 
     @torch.no_grad()
     def validation_nll(self, batch: Batch) -> Tensor:

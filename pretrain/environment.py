@@ -27,6 +27,7 @@ def describe_environment(device: torch.device, world: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "ranks": world,
         "device": device_name(device),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "command": sys.argv,

@@ -4,7 +4,7 @@ Every rank of the expert group has tokens of its own and E / expert whole expert
 the experts of all by an all-to-all of uneven sizes (GShard, Lepikhin et al. 2020, arXiv 2006.16668, section 3.2), and
 nothing is dropped. The sizes are read by the host: one read a layer with experts.
 
-M token-expert pairs, sorted by expert, E experts, D model width.
+N tokens, K experts a token takes, M = N K token-expert pairs sorted by expert, E experts, R ranks, D model width.
 """
 
 import functools
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from model.decoder import Decoder
 from model.moe import MoE
+from model.token_rows import SortedRows, WeightedSum, sorted_by_expert
 from pretrain.parallel_dims import ParallelDims
 
 
@@ -45,24 +46,36 @@ def sum_load_over_sequences(decoder: Decoder, dims: ParallelDims) -> None:
             layer.sum_over_sequence = summed
 
 
+@torch.compiler.disable  # its sizes are other ones each time, and each would be compiled for itself
 def _dispatched(
-    local: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, x_MD: Tensor, counts_E: Tensor
+    local: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    group: dist.ProcessGroup,
+    x_ND: Tensor,
+    experts_NK: Tensor,
+    weights_NK: Tensor,
+    counts_E: Tensor,
 ) -> Tensor:
-    """`Experts.forward` over a group: counts_E are this rank's pairs for each expert of all ranks."""
+    """`Experts.forward` over a group: experts and counts are of those of all ranks.
+
+    Weights stay at home, so that a token's sum is rounded once, as on one rank.
+    """
     ranks = dist.get_world_size(group)
     received_RE = torch.empty_like(counts_E)  # from each rank, for each expert here
     dist.all_to_all_single(received_RE, counts_E.contiguous(), group=group)
     received_RE = received_RE.view(ranks, -1)
     sent = counts_E.view(ranks, -1).sum(1)
     sent_sizes, received_sizes = torch.stack([sent, received_RE.sum(1)]).tolist()
-    x_MD = _Travel.apply(x_MD, sent_sizes, received_sizes, group)
-    # They arrive by rank, and within a rank by expert; experts want them by expert.
-    expert_R = torch.arange(received_RE.size(1), device=x_MD.device).repeat(ranks)
-    expert_M = expert_R.repeat_interleave(received_RE.flatten(), output_size=sum(received_sizes))
-    order_M = expert_M.argsort(stable=True)
-    y_MD = local(x_MD[order_M], received_RE.sum(0))
-    y_MD = torch.empty_like(y_MD).index_copy(0, order_M, y_MD)
-    return _Travel.apply(y_MD, received_sizes, sent_sizes, group)
+
+    order_M, place_M = sorted_by_expert(experts_NK)
+    x_MD = SortedRows.apply(x_ND, order_M, place_M, experts_NK.size(1))
+    arrived_MD = _Travel.apply(x_MD, sent_sizes, received_sizes, group)
+    # They arrive by rank, and within a rank by expert.
+    expert_R = torch.arange(received_RE.size(1), device=x_ND.device).repeat(ranks)
+    expert_M1 = expert_R.repeat_interleave(received_RE.flatten(), output_size=len(arrived_MD))[:, None]
+    ones_M1 = torch.ones_like(expert_M1, dtype=torch.float32)
+    y_MD = local(arrived_MD, expert_M1, ones_M1, received_RE.sum(0))
+    y_MD = _Travel.apply(y_MD, received_sizes, sent_sizes, group)
+    return WeightedSum.apply(y_MD, order_M, place_M, weights_NK)
 
 
 class _Travel(torch.autograd.Function):

@@ -22,6 +22,7 @@ from pretrain.device import detect
 from pretrain.hf import ARCHITECTURES
 from pretrain.hf_folder import HuggingFaceFolder
 from pretrain.hf_unsupported import UnsupportedError
+from pretrain.kernels import apply_kernels
 from pretrain.language_model import LanguageModel, OwnModel
 from pretrain.offload import HOST, Offload, offload_blocks
 from pretrain.run_dir import RunDir, read_json
@@ -203,6 +204,7 @@ def _own_model(asked: _Asked, weights: StoredWeights) -> tuple[OwnModel, str]:
         del weight
     decoder.load_state_dict(kept, assign=True)
     decoder.requires_grad_(False).eval()
+    apply_kernels(decoder, device)
     if asked.offload is None:
         decoder.to(device)  # what is no weight: counters of experts
     else:

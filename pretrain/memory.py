@@ -73,10 +73,10 @@ def rank_memory(config: RunConfig, world: int, fused: bool = True) -> RankMemory
 def moments(config: RunConfig, world: int, fused: bool = True) -> list[RankMemory]:
     """A rank's memory through a step. Raises ValueError if the layout is impossible.
 
-    fused: as on a GPU; see `pretrain.activations.Work`.
+    fused: as on a GPU, which also overlaps communication; see `pretrain.activations.Work`.
     """
     layout, parallel = Layout.of(config, world), config.parallel
-    zero = DEEPSPEED_DEFAULTS | deepspeed_config(config, layout.data)["zero_optimization"]
+    zero = DEEPSPEED_DEFAULTS | deepspeed_config(config, layout.data, overlaps=fused)["zero_optimization"]
     held = _held(config, layout, zero)
     weights, optimizer, host = held.weights, held.optimizer, 0
     if config.checkpoint.asynchronous:  # a copy of masters and optimizer state
@@ -138,7 +138,7 @@ def _comings_and_goings(
     parallel, batch, stage = config.parallel, config.batch, config.parallel.zero_stage
     b, on_the_way = ELEMENT_BYTES[config.precision], 2 if parallel.reduce_dtype == "bf16" else FP32
     length = max(sequence_lengths(config))
-    work = Work(batch.micro_batch_size * length, length, b, layout.tensor, layout.sequence, fused)
+    work = Work(batch.micro_batch_size * length, length, b, layout.tensor, layout.sequence, layout.expert, fused)
     kept, recomputed = activation_bytes(
         config.model, work, parallel.activation_checkpointing, parallel.activation_checkpointing_every
     )
@@ -151,7 +151,8 @@ def _comings_and_goings(
 
     # Gradients are staged in a bucket, and flattened once more to be reduced, stages 1 and 2 converting them then.
     staged_bytes = {0: FP32, 1: FP32, 2: b, 3: on_the_way}[stage]
-    bucket = staged_bytes * zero["reduce_bucket_size"] if stage else 0
+    turns = 2 if stage in (1, 2) and zero["overlap_comm"] else 1  # stages 1 and 2 fill one bucket while one is reduced
+    bucket = turns * staged_bytes * zero["reduce_bucket_size"] if stage else 0
     flushed = min(max(zero["reduce_bucket_size"], held.largest), held.parameters)
     copies = flushed * (staged_bytes + (on_the_way if stage in (1, 2) and on_the_way != staged_bytes else 0))
     reuse = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]

@@ -26,18 +26,19 @@ class Meter:
     recorder: Recorder
 
     def __post_init__(self) -> None:
-        peak, source = peak_flops(self.device, DTYPES[self.config.precision])
+        peak, self.peak_source = peak_flops(self.device, DTYPES[self.config.precision])
         total = torch.tensor(peak, dtype=torch.float64, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(total)
         self.peak = float(total)
         at_first = flops_per_token(self.config.model, self.config.data.sequence_length)
-        say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s in all ({source})"
-        figures = {"flops_per_second": self.peak, "source": source, "flops_per_token": at_first}
+        say = f"MFU is against {self.peak / 1e12:.2f} TFLOP/s in all ({self.peak_source})"
+        figures = {"flops_per_second": self.peak, "source": self.peak_source, "flops_per_token": at_first}
         self.recorder.event("peak", say, **figures)
         model = self.config.model
         self.expert_layers = [layer for layer in range(model.num_layers) if has_experts(model, layer)]
         self.data_seconds = self.started = 0.0
+        self.tokens = self.flops = 0  # of this attempt's steps
 
     def begin(self) -> None:
         """A step begins."""
@@ -55,6 +56,8 @@ class Meter:
         seconds = time.perf_counter() - self.started
         flops = flops_per_token(self.config.model, state.stages[-1].sequence_length)
         speed = tokens_in_step / seconds
+        self.tokens += tokens_in_step
+        self.flops += tokens_in_step * flops
         self.recorder.step(
             step=state.step,
             loss=status.loss,

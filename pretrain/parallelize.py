@@ -1,5 +1,5 @@
-"""What is done to a pure model from outside, in one stated order: placement, tensor, expert and sequence parallelism,
-activation checkpointing, compilation.
+"""What is done to a pure model from outside, in one stated order: placement, kernels, tensor, expert and sequence
+parallelism, activation checkpointing, compilation.
 
 A parameter keeps its logical name; what a rank holds of it is a box (`pretrain/placement.py`). The model is built on
 the meta device and each parameter becomes real as this rank's box alone, without values: the engine writes them, from
@@ -19,8 +19,10 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parameters import buffer_shapes, keeps_fp32, parameter_shapes
 from pretrain.activation_checkpointing import apply_activation_checkpointing
+from pretrain.compile import compile_blocks
 from pretrain.config import RunConfig
 from pretrain.expert_parallel import apply_expert_parallelism, sum_load_over_sequences
+from pretrain.kernels import apply_kernels
 from pretrain.parallel_dims import ParallelDims
 from pretrain.placement import Placement, placement
 from pretrain.sequence_parallel import apply_sequence_parallelism
@@ -60,6 +62,7 @@ def parallelize(
     for name, buffer in list(decoder.named_buffers()):
         module, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(module), attribute, torch.zeros_like(buffer, device=device))
+    apply_kernels(decoder, device, config.parallel.compile)
     if dims.layout.tensor > 1:
         apply_tensor_parallelism(decoder, dims)
     if dims.layout.expert > 1:
@@ -70,8 +73,7 @@ def parallelize(
         sum_load_over_sequences(decoder, dims)
     apply_activation_checkpointing(decoder, config.parallel)
     if config.parallel.compile:
-        for block in decoder.layers:
-            block.compile()
+        compile_blocks(decoder)
     return decoder
 
 

@@ -28,6 +28,7 @@ RESUME_POLICY: dict[str, ResumePolicy] = {
     "schedule.total_steps": "free",
     "schedule.total_tokens": "free",
     "precision": "recorded",
+    "deterministic": "recorded",
     "parallel": "free",
     "parallel.reduce_dtype": "recorded",
     "checkpoint": "free",

@@ -19,10 +19,12 @@ class RunDir:
     tokenizer.model   a copy, so that the run can be evaluated when its data is gone; or tokenizer.json with
                       tokenizer_config.json
     events.jsonl      one JSON object a line: environment, start, peak, stage, left_out, step, evaluation, checkpoint,
-                      checkpoint_failed, expert_load, rewind, straggler, disk_low, resume, end
+                      checkpoint_failed, expert_load, rewind, straggler, disk_low, resume, profile, end
     outcome.json      how the last attempt ended; absent while it runs
     stop, save        made by a person: checkpoint and end, or checkpoint now; removed by the run when it has done so
     checkpoints/  tensorboard/  logs/
+    profile/step_N/   what --profile found from step N on: regions.json, and a trace_rank_K.json for Chrome of each rank
+                      that was asked for
 
     Of a run that was submitted to a cluster, besides:
     job.json          how it was submitted
@@ -104,6 +106,10 @@ class RunDir:
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def profiles(self) -> Path:
+        return self.path / "profile"
 
     def rank_log(self, rank: int) -> Path:
         return self.logs / f"rank_{rank:05d}.log"

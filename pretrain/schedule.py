@@ -20,6 +20,11 @@ def finished(schedule: ScheduleConfig, step: int, tokens: int) -> bool:
     return progress(schedule, step, tokens) >= schedule.total
 
 
+def last_step_asked(schedule: ScheduleConfig, stop_after: int | None) -> int | None:
+    """The last step that an attempt is to make; None where only tokens are counted."""
+    return min((step for step in (schedule.total_steps, stop_after) if step is not None), default=None)
+
+
 def learning_rate(config: RunConfig, step: int, tokens: int, tokens_in_step: int) -> float:
     """The learning rate of the step that begins after `step` steps and `tokens` tokens and reads `tokens_in_step`.
 

@@ -20,9 +20,11 @@ from pretrain.health import Health
 from pretrain.meter import Meter
 from pretrain.outcome import EXIT_DONE, EXIT_STOPPED, Outcome
 from pretrain.parallel_dims import ParallelDims
+from pretrain.profile_request import ProfileRequest, check_profile
+from pretrain.profiler import open_profiler
 from pretrain.recorder import Recorder, RunRecorder, SilentRecorder
 from pretrain.run_dir import RunDir
-from pretrain.schedule import due, finished, learning_rate
+from pretrain.schedule import due, finished, last_step_asked, learning_rate
 from pretrain.state import TrainState
 from pretrain.stop import StopRequest, Switches
 from pretrain.validation import Validation, forget_after, mean_loss, past_losses
@@ -38,12 +40,13 @@ def train(
     stop: StopRequest,
     watchdog: Watchdog,
     stop_after: int | None,
+    profile: ProfileRequest | None = None,
 ) -> Outcome:
     """Train from the newest checkpoint, or from the seed, until the schedule ends, `stop_after` steps are made, some
     rank is asked to stop, or some rank cannot go on. Collective; the outcome is the same on every rank.
 
-    Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, CheckpointError if the last
-    checkpoint cannot be written.
+    Raises ValueError on every rank if the checkpoints or the held-out data cannot be read, or if there are not as many
+    steps left as `profile` asks for; CheckpointError if the last checkpoint cannot be written.
     """
     dims = ParallelDims.of_this_rank(config)
     host_group = new_cpu_group() if dims.layout.world > 1 else None
@@ -53,6 +56,7 @@ def train(
     state, origin = restore(run_dir, config, engine, host_group)
     if finished(config.schedule, state.step, state.tokens) or (stop_after is not None and state.step >= stop_after):
         return Outcome("done", EXIT_DONE, state.step, f"step {state.step}: the run has come that far already; {origin}")
+    check_profile(profile, dims.layout.world, state.step, last_step_asked(config.schedule, stop_after))
     losses = past_losses(run_dir, state.step) if config.checkpoint.keep_best and dims.rank == 0 else {}
     with ExitStack() as opened:
         recorder = opened.enter_context(closing(open_recorder(run_dir, config, state, dims)))
@@ -76,15 +80,18 @@ def train(
         health = Health(config, engine, saver, host_group, recorder)
         switches = Switches(run_dir, dims.rank)
         warnings = EarlyWarnings(run_dir, config, dims.rank, host_group, recorder)
+        profiler = open_profiler(profile, run_dir, engine, meter, recorder, dims)
         stop.begin()
 
         health.begin(state)
         outcome = batches.missing(state.step)
         while outcome is None:
             watchdog.beat(state.step + 1, "step")
+            profiler.begin(state.step + 1)
             meter.begin()
             if state.begin_stage(batches.stage(state)):
                 recorder.event("stage", state.stages[-1].in_words(), **state.stages[-1].as_event())
+            profiler.at("data")
             micro_batches = next(batches)
             sequences = sum(len(batch.tokens) for batch in micro_batches) * dims.data_world
             tokens_in_step = sequences * state.stages[-1].sequence_length
@@ -92,16 +99,21 @@ def train(
             lr = learning_rate(config, state.step, state.tokens, tokens_in_step)
             skip = state.step + 1 in config.skips.updates
             stats = engine.train_step(micro_batches, lr, before_update=saver.staged, skip=skip)
+            profiler.at("data")
             with meter.waiting_for_data():
                 failed = batches.failed  # or the next batch is there
+            profiler.at("agreement")
             to_stop, to_save = switches.look()
             status = agree(stats, stop.asked or to_stop, to_save, failed, meter.data_seconds, peak_memory_bytes(device))
+            profiler.at("recording")
             skipped = skip or not status.finite
             state.advance(sequences, tokens_in_step)
             meter.record(state, status, lr, tokens_in_step, skipped)
             warnings.after_step(state.step, engine.forward_watch.seconds)
+            profiler.at("checkpoint")
             saver.poll()
 
+            profiler.at("agreement")
             if (zscore := health.spike(state, status, skipped)) is not None:
                 watchdog.beat(state.step, "going back", START_SECONDS)
                 state, outcome = health.go_back(run_dir.checkpoints, state, zscore)
@@ -117,14 +129,17 @@ def train(
             )
             if outcome is not None or status.save or due(config.checkpoint.every_steps, state.step):
                 watchdog.beat(state.step, "saving")
+                profiler.at("checkpoint")
                 saver.start(state)
                 switches.saving()
             hurried = outcome is not None and outcome.status != "done"
             if not hurried and due(config.evaluation.every_steps, state.step):
+                profiler.at("validation")
                 began, beat = time.perf_counter(), partial(watchdog.beat, state.step, "validation")
                 by_source = validation.scores(engine, beat)
                 losses[state.step] = mean_loss(score.loss for score in by_source.values())
                 recorder.validation(state.step, state.tokens, by_source, time.perf_counter() - began)
+        profiler.end()
         if outcome.status != "failed":  # else that is what is told, whatever becomes of the last save
             watchdog.beat(outcome.step, "saving")
             saver.wait()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pretrain.collective_timeout import COLLECTIVE_TIMEOUT, outlasting
 from pretrain.config import RunConfig
+from pretrain.host_memory import keep_freed_memory
+from pretrain.profile_request import ProfileRequest
 from pretrain.rank_error import write_rank_error
 from pretrain.recipe import load_config
 from pretrain.run_dir import RunDir, event_line, open_events, write_json
@@ -24,13 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stop-after", type=int, default=None)
+    parser.add_argument("--profile", type=int, default=None)
+    parser.add_argument("--profile-rank", type=int, nargs="+", default=[0])
     args = parser.parse_args()
+    profile = None if args.profile is None else ProfileRequest(args.profile, tuple(args.profile_rank))
     run_dir, rank = RunDir(args.run_dir), int(os.environ["RANK"])
     divert_output(run_dir.rank_log(rank), streams=(1, 2) if rank else (1,))
     try:
         config = load_config(run_dir.config_path)
         watchdog = Watchdog(run_dir, rank, config.health.hang_seconds)
-        run(run_dir, config, rank, stop, watchdog, args.stop_after)
+        run(run_dir, config, rank, stop, watchdog, args.stop_after, profile)
     except Exception as error:
         # No barrier here: the other ranks may be in the middle of something, and the launcher ends them.
         with open(run_dir.rank_log(rank), "a", encoding="utf-8") as log:
@@ -40,18 +45,27 @@ def main() -> None:
 
 
 def run(
-    run_dir: RunDir, config: RunConfig, rank: int, stop: StopRequest, watchdog: Watchdog, stop_after: int | None
+    run_dir: RunDir,
+    config: RunConfig,
+    rank: int,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    stop_after: int | None,
+    profile: ProfileRequest | None,
 ) -> None:
     """What a rank does when nothing goes wrong."""
     import torch.distributed as dist
 
     from pretrain.affinity import BIND, bind
-    from pretrain.device import detect, gpu_addresses, init_process_group
+    from pretrain.device import detect, gpu_addresses, init_process_group, make_deterministic
     from pretrain.environment import describe_environment
     from pretrain.train import train
 
     # Each group of ranks takes open files, and so does loading; the usual limit of 1,024 is soft.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    keep_freed_memory()
+    if config.deterministic:
+        make_deterministic()
     device = detect()
     if BIND in os.environ:
         local_rank, ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -67,7 +81,7 @@ def run(
         write_json(run_dir.environment_path, environment)
         with open_events(run_dir) as events:
             events.write(event_line("environment", environment))
-    outcome = train(run_dir, config, device, stop, watchdog, stop_after)
+    outcome = train(run_dir, config, device, stop, watchdog, stop_after, profile)
     watchdog.beat(outcome.step, "ending")
     dist.barrier()
     if rank == 0:

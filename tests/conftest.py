@@ -8,7 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("steppe", deadline=None)  # a slow machine is no counterexample
+hypothesis.settings.load_profile("steppe")
 
 Steppe = Callable[..., "subprocess.CompletedProcess[str]"]
 STDLIB = Path(json.__file__).parent.parent

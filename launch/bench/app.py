@@ -6,6 +6,7 @@ from launch.bench.checkpoint import checkpoint
 from launch.bench.data import data
 from launch.bench.evaluation import evaluation
 from launch.bench.memory import memory
+from launch.bench.start import start
 from launch.bench.train import train
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -14,6 +15,7 @@ app.command("memory")(memory)
 app.command("checkpoint")(checkpoint)
 app.command("data")(data)
 app.command("eval")(evaluation)
+app.command("start")(start)
 
 
 @app.callback()  # without it, typer would take the only command for the whole

@@ -3,6 +3,8 @@
 How each is built is `train_contender.py`; how each saves and loads is `checkpoint_formats.py`.
 """
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -10,25 +12,107 @@ if TYPE_CHECKING:
 
 CONTENDERS = {
     "steppe": "this package: DeepSpeed, ZeRO 1; bf16 weights and gradients, fp32 masters and AdamW states (fused)",
-    "steppe-dense": "the same without experts, as wide in each layer as what a token meets",
-    "transformers": "its model of the same shape, sdpa; fp32 weights, torch autocast to bf16; fused AdamW",
-    "transformers-bf16": "the same, everything in bf16: the weights, the router's too, and AdamW's states",
+    "steppe-compiled": "steppe with parallel.compile",
+    "bare": "steppe's own model, kernels and optimizer in a plain loop without DeepSpeed",
+    "steppe-dense": "steppe without experts, as wide in each layer as what a token meets",
+    "transformers-mixed": "its model of the same shape, sdpa; fp32 weights, torch autocast to bf16; fused AdamW",
+    "transformers-bf16": "transformers-mixed with all in bf16: the weights, the router's too, and AdamW's states",
+    "transformers-mixed-compiled": "transformers-mixed, its model compiled",
+    "transformers-bf16-compiled": "transformers-bf16, its model compiled",
+    "litgpt-mixed": "its model of the same shape and its chunked loss under Fabric, bf16-mixed; fused AdamW",
+    "litgpt-bf16": "litgpt-mixed, but bf16-true: the weights and AdamW's states too",
+    "litgpt-mixed-compiled": "litgpt-mixed, its model compiled, as its pretraining does",
+    "litgpt-bf16-compiled": "litgpt-bf16, its model compiled, as its pretraining does",
+    "nanogpt-mixed": "its own model (GPT-2's: tied head, learned positions), as many layers, the width that comes "
+    "nearest in parameters; fp32 weights, torch autocast to bf16; fused AdamW",
+    "nanogpt-mixed-compiled": "nanogpt-mixed, compiled, as its training does",
 }
 DENSE = "steppe-dense"
-PEERS = tuple(name for name in CONTENDERS if name != "steppe")
+EAGER = "transformers-mixed"  # whose memory is the measure
+# What a user calls them: a name stands for all of its variants.
+FAMILIES = {
+    "steppe-compiled": ("steppe-compiled",),
+    "bare": ("bare",),
+    "steppe-dense": (DENSE,),
+    **{
+        peer: tuple(name for name in CONTENDERS if name.startswith(f"{peer}-"))
+        for peer in ("transformers", "litgpt", "nanogpt")
+    },
+}
+# A model of its own: other weights, so its loss is compared with nobody's.
+OWN_WEIGHTS = (DENSE, *FAMILIES["nanogpt"])
+# Besides what Steppe has installed. Without what litgpt asks for beyond these, which would replace torch.
+LITGPT_NEEDS = ("litgpt", "lightning", "lightning_utilities", "torchmetrics")
+GET_LITGPT = "pip install --no-deps litgpt lightning lightning-utilities torchmetrics"
 
 
-def peers_of(model: "ModelConfig", asked: list[str]) -> list[str]:
-    """Whom to compare with: those asked for, each once, or all that there are for such a model.
+def peers_of(model: "ModelConfig", asked: str, nanogpt: Path | None = None) -> tuple[list[str], dict[str, str]]:
+    """Whom to compare with, and why others are left out, by name.
 
-    Raises ValueError for one that there is not.
+    asked: families or contenders, separated by commas; if empty all that there are here for such a model.
+    nanogpt: a clone of it.
+
+    Raises ValueError for one that there is not, or that is asked for and cannot take part, with the remedy.
     """
-    for peer in asked:
-        if peer not in PEERS:
-            raise ValueError(f"--peer {peer} is not known: choose from {', '.join(PEERS)}")
-        if peer == DENSE and model.moe is None:
-            raise ValueError(f"--peer {DENSE} is for a recipe with experts, and this one has none: leave it out")
-    return list(dict.fromkeys(asked)) or [peer for peer in PEERS if peer != DENSE or model.moe is not None]
+    names: list[str] = []
+    for word in filter(None, (word.strip() for word in asked.split(","))):
+        if word not in FAMILIES and word not in sum(FAMILIES.values(), ()):
+            raise ValueError(
+                f"--peers {word} is not known: choose from {', '.join(FAMILIES)}, or a variant "
+                f"({', '.join(name for family in FAMILIES.values() if len(family) > 1 for name in family)})"
+            )
+        variants = [name for name in FAMILIES.get(word, (word,)) if _obstacle(name, model, nanogpt) is None]
+        if not variants:
+            raise ValueError(f"--peers {word}: {_obstacle(FAMILIES.get(word, (word,))[0], model, nanogpt)}")
+        names += variants
+    if names:
+        return list(dict.fromkeys(names)), {}
+    obstacles = {name: _obstacle(name, model, nanogpt) for family in FAMILIES.values() for name in family}
+    left_out = {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
+    return [name for name in obstacles if name not in left_out], left_out
+
+
+def _obstacle(name: str, model: "ModelConfig", nanogpt: Path | None) -> str | None:
+    """Why a contender cannot take part, with the remedy; None if it can."""
+    if name == DENSE:
+        return None if model.moe is not None else "it is for a recipe with experts, and this one has none: leave it out"
+    family = name.partition("-")[0]
+    if family == "transformers":
+        return _obstacle_to_transformers(name, model)
+    if family == "litgpt":
+        if [package for package in LITGPT_NEEDS if importlib.util.find_spec(package) is None]:
+            return f"litgpt is not installed here: {GET_LITGPT}"
+        if model.moe is not None or model.qk_norm or model.rope_scaling is not None:
+            return "its part is written for Llama's dense shape: leave it out for experts, qk_norm or rope_scaling"
+    if family == "nanogpt":
+        if nanogpt is None:
+            return "it is not a package: clone karpathy/nanoGPT and name the folder, --nanogpt FOLDER"
+        if not (nanogpt / "model.py").is_file():
+            return f"--nanogpt {nanogpt} has no model.py: name the folder of a clone of karpathy/nanoGPT"
+        if model.moe is not None:
+            return "it has no experts: leave it out"
+    return None
+
+
+def _obstacle_to_transformers(name: str, model: "ModelConfig") -> str | None:
+    try:
+        check_transformers(model)
+    except ValueError as error:
+        remedy = f"compare with --peers bare,{DENSE}" if model.moe is not None else "choose another recipe"
+        return f"{error}; {remedy}"
+    if name.endswith("-compiled") and model.moe is not None:
+        return "its experts are not compiled here: leave it out"
+    return None
+
+
+def check_transformers(model: "ModelConfig") -> None:
+    """Raise ValueError unless transformers has a model of this shape."""
+    from pretrain.hf import config_to_hf
+
+    try:
+        config_to_hf(model)
+    except ValueError as error:
+        raise ValueError(f"transformers has no model to compare with: {error}") from error
 
 
 class Saver(NamedTuple):

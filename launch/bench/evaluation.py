@@ -160,8 +160,8 @@ def recipe_folder(recipe: str, texts: Sequence[str], window: int, out: Path) -> 
     import torch
     from safetensors.torch import save_file
 
+    from launch.bench.contenders import check_transformers
     from launch.bench.data_text import train
-    from launch.bench.train import check_transformers
     from launch.run_folder import recipe_path
     from pretrain.engine import build_decoder
     from pretrain.hf import config_to_hf
@@ -176,7 +176,7 @@ def recipe_folder(recipe: str, texts: Sequence[str], window: int, out: Path) -> 
         "evaluation={every_steps: 0}",
     ]
     config = load_config(recipe_path(recipe), overrides)
-    check_transformers(config)
+    check_transformers(config.model)
     out.mkdir()
     tokenizer = out.parent / "tokenizer.model"
     say(f"training a tokenizer of {config.model.vocab_size:,} pieces")

@@ -36,9 +36,11 @@ def steppe(job: dict[str, Any]) -> Score:
     from pretrain.evaluation.record import RecordsWriter, read_scores
     from pretrain.evaluation.texts import EvaluationDocument
     from pretrain.evaluation.windows import Windowing
+    from pretrain.host_memory import keep_freed_memory
     from pretrain.load_model import load_model
 
     model = load_model(Path(job["model"]), dtype=DTYPES[job["precision"]])
+    keep_freed_memory()
 
     def score(texts: Sequence[str], window: int, stride: int) -> Scored:
         documents = (EvaluationDocument(index, "bench", text, None) for index, text in enumerate(texts))

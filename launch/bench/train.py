@@ -4,16 +4,25 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.bench.contenders import CONTENDERS, DENSE, PEERS, peers_of
+from launch.bench.contenders import CONTENDERS, DENSE, EAGER, FAMILIES, GET_LITGPT, OWN_WEIGHTS, peers_of
+
+if TYPE_CHECKING:
+    from launch.bench.turns import Contender
+    from pretrain.config import RunConfig
 
 WARM_UP_STEPS = 2
+# Each turn begins with a step that does not count: in it a process gets back the memory that it gave up for the others.
+UNMEASURED_STEPS = 1
 SAME_LOSS = 2e-3  # of the first step, relative: both in bf16, each rounding in places of its own
+OVERHEAD = 0.03  # of DeepSpeed, from which on it is itemised
+PROFILED_STEPS = 3
 
 
 def train(
@@ -21,73 +30,151 @@ def train(
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a turn.")] = 4,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 512,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step.")] = 8,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step, of each rank.")] = 8,
     peers: Annotated[
-        list[str],
-        typer.Option("--peer", help=f"Whom to compare with, of {', '.join(PEERS)}; may be repeated. All by default."),
+        str,
+        typer.Option(
+            help=f"Whom to compare with, of {', '.join(FAMILIES)}, or single variants of them, separated by commas. "
+            f"All that are there by default. litgpt: {GET_LITGPT}. nanogpt: a clone of karpathy/nanoGPT."
+        ),
+    ] = "",
+    nanogpt: Annotated[Path | None, typer.Option(help="The folder of a clone of karpathy/nanoGPT.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; may be repeated.")
     ] = [],  # noqa: B006
+    keep_memory: Annotated[
+        bool, typer.Option("--keep-memory", help="Let peers, too, keep the memory that they free, as Steppe does.")
+    ] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Above 1: Steppe on so many ranks beside itself on one, without peers.")
+    ] = 1,
+    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="ZeRO's stage.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Tokens/s and peak memory of training on this machine, in turn with transformers on the same work, and where the
-    recipe has experts with a dense model of as many active parameters."""
-    result = run(recipe, rounds, steps, sequence_length, micro_batch_size, peers)
+    """Tokens/s and peak memory of training on this machine, in turn with peers on the same work, with a bare loop, and
+    with the limit: this step's own matrix products, attention and AdamW, each timed alone."""
+    from launch.bench.train_ranks import print_ranks, run_ranks
+    from launch.bench.train_table import print_table
+
+    config = bench_config(recipe, sequence_length, micro_batch_size, overrides, zero_stage, ranks)
+    if ranks > 1:
+        if peers or nanogpt or keep_memory:
+            raise ValueError(
+                f"--ranks {ranks} compares Steppe with itself: leave out --peers, --nanogpt, --keep-memory"
+            )
+        result, show = run_ranks(recipe, config, ranks, rounds, steps), print_ranks
+    else:
+        result, show = run(recipe, config, rounds, steps, peers, nanogpt, keep_memory), print_table
     if as_json:
         print(json.dumps(result))
     else:
-        _print_table(result)
+        show(result)
+
+
+def bench_config(
+    recipe: str,
+    sequence_length: int,
+    micro_batch_size: int,
+    overrides: list[str] | tuple[str, ...] = (),
+    zero_stage: int = 1,
+    ranks: int = 1,
+) -> "RunConfig":
+    """The recipe as it is measured. Raises ValueError if an override changes what all contenders have in common."""
+    from launch.run_folder import recipe_path
+    from pretrain.recipe import load_config
+
+    fixed: dict[str, Any] = {
+        "precision": "bf16",
+        "model.document_mask": False,
+        "parallel.zero_stage": zero_stage,
+        "parallel.tensor": 1,
+        "parallel.sequence": 1,
+        "parallel.expert": 1,
+        "parallel.activation_checkpointing": "none",
+        "data.sequence_length": sequence_length,
+        "batch.global_batch_size": micro_batch_size * ranks,
+        "batch.micro_batch_size": micro_batch_size,
+    }
+    config = load_config(
+        recipe_path(recipe),
+        [
+            "data.sources=[{name: random, path: none}]",
+            "batch.ramp=[]",
+            "evaluation={every_steps: 0}",
+            *(f"{key}={json.dumps(value)}" for key, value in fixed.items()),
+            *overrides,
+        ],
+    )
+    for key, value in fixed.items():
+        section, _, name = key.rpartition(".")
+        if (chosen := getattr(getattr(config, section) if section else config, name)) != value:
+            raise ValueError(
+                f"--set {key}={chosen}: what is measured has {json.dumps(value)}, as do all that it is compared with; "
+                "leave it out, or see the options of steppe bench train"
+            )
+    return config
 
 
 def run(
-    recipe: str, rounds: int, steps: int, sequence_length: int, micro_batch_size: int, peers: list[str]
+    recipe: str,
+    config: "RunConfig",
+    rounds: int,
+    steps: int,
+    peers: str = "",
+    nanogpt: Path | None = None,
+    keep_memory: bool = False,
 ) -> dict[str, Any]:
-    """Measure; returns what `--json` prints. Raises ValueError for a peer that is unknown or does not have such
-    a model; RuntimeError if one does other work than ours."""
+    """Measure; returns what `--json` prints. Raises ValueError for a peer that is unknown or cannot take part;
+    RuntimeError if one does other work than ours."""
     from launch.bench.dense_counterpart import dense_counterpart
+    from launch.bench.train_job import Job
     from launch.bench.turns import Contender, Spread, ratios, take_turns
-    from launch.run_folder import recipe_path
     from model.accounting import parameter_counts
-    from pretrain.config import RunConfig
-    from pretrain.recipe import load_config
 
-    overrides = [
-        "precision=bf16",
-        "model.document_mask=false",
-        "parallel={zero_stage: 1, tensor: 1, sequence: 1, expert: 1, activation_checkpointing: none}",
-        f"data={{sequence_length: {sequence_length}, sources: [{{name: random, path: none}}]}}",
-        f"batch={{global_batch_size: {micro_batch_size}, micro_batch_size: {micro_batch_size}, ramp: []}}",
-        "evaluation={every_steps: 0}",
-    ]
-    config: RunConfig = load_config(recipe_path(recipe), overrides)
-    peers = peers_of(config.model, peers)
-    if set(peers) - {DENSE}:
-        check_transformers(config)
-    models = {name: dense_counterpart(config.model) if name == DENSE else config.model for name in ("steppe", *peers)}
+    names, left_out = peers_of(config.model, peers, nanogpt)
+    for name, why in left_out.items():
+        say(f"without {name}: {why}")
+    names = ["steppe", *names]
+    models = {name: dense_counterpart(config.model) if name == DENSE else config.model for name in names}
     counts = {name: parameter_counts(model) for name, model in models.items()}
     threads = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steppe-bench-"))) / "config.json"
-        path.write_text(config.model_dump_json(), encoding="utf-8")
-        contenders, built = [], {}
-        for name in models:
-            _say(f"building {name}")
+        path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steppe-bench-"))) / "job.json"
+        path.write_text(
+            Job(config=config, keep_memory=keep_memory, nanogpt=nanogpt).model_dump_json(), encoding="utf-8"
+        )
+        contenders, built = {}, {}
+        for name in names:
+            say(f"building {name}")
             contender = stack.enter_context(Contender(name, "launch.bench.train_contender", [name, str(path)], threads))
             built[name] = contender.built()
-            contenders.append(contender)
-        _say(f"warming up, {WARM_UP_STEPS} steps each")
-        warm_up = take_turns(contenders, 1, {"steps": WARM_UP_STEPS}, lambda name, number: None)
-        first_losses = {name: turns[0]["losses"][0] for name, turns in warm_up.items()}
-        check_same_work({name: loss for name, loss in first_losses.items() if name != DENSE})
-        answers = take_turns(
-            contenders, rounds, {"steps": steps}, lambda name, number: _say(f"round {number + 1}/{rounds}: {name}")
+            contenders[name] = contender
+        warm_up = take_turns(
+            list(contenders.values()), 1, {"steps": WARM_UP_STEPS}, lambda name, number: say(f"warming up: {name}")
         )
-    tokens = steps * sequence_length * micro_batch_size
-    speeds = {name: [tokens / turn["seconds"] for turn in turns] for name, turns in answers.items()}
+        first_losses = {name: turns[0]["losses"][0] for name, turns in warm_up.items()}
+        check_same_work({name: loss for name, loss in first_losses.items() if name not in OWN_WEIGHTS})
+        answers = take_turns(
+            list(contenders.values()),
+            rounds,
+            {"steps": steps, "unmeasured": UNMEASURED_STEPS},
+            lambda name, number: say(f"round {number + 1}/{rounds}: {name}"),
+        )
+        tokens = config.data.sequence_length * config.batch.micro_batch_size
+        speeds = {name: [tokens * steps / turn["seconds"] for turn in turns] for name, turns in answers.items()}
+        say("the limit: a step's own operations, each alone")
+        parts = contenders["steppe"].ask(limit=True)["limit"]
+        overhead = measured_overhead(contenders, speeds) if "bare" in names else None
+    memory = {name: max(turn["peak_memory_bytes"] for turn in turns) for name, turns in answers.items()}
+    limit = tokens / sum(parts.values())
     return {
         "recipe": recipe,
         "model": config.model.model_dump(mode="json"),
-        "sequence_length": sequence_length,
-        "micro_batch_size": micro_batch_size,
+        "sequence_length": config.data.sequence_length,
+        "micro_batch_size": config.batch.micro_batch_size,
+        "zero_stage": config.parallel.zero_stage,
         "grad_clip": config.optimizer.grad_clip,
+        "keep_memory": keep_memory,
         "threads": threads,
         "torch": built["steppe"]["torch"],
         "rounds": rounds,
@@ -95,31 +182,43 @@ def run(
         "contenders": {
             name: {
                 "what": CONTENDERS[name],
-                **built[name]["about"],
                 "ffn_size": models[name].ffn_size,
                 "active_parameters": counts[name]["active"],
                 "total_parameters": counts[name]["total"],
+                **built[name]["about"],
                 "tokens_per_second": Spread.of(speeds[name]).as_dict(),
                 "tokens_per_second_by_round": speeds[name],
-                "peak_memory_bytes": max(turn["peak_memory_bytes"] for turn in turns),
+                "peak_memory_bytes": memory[name],
+                "peak_memory_of_eager": memory[name] / memory[EAGER] if EAGER in memory else None,
                 "loss_at_first_step": first_losses[name],
                 "loss_at_end": turns[-1]["losses"][-1],
             }
             for name, turns in answers.items()
         },
-        "ratios": {f"steppe/{peer}": ratios(speeds["steppe"], speeds[peer]).as_dict() for peer in peers},
+        "ratios": {f"steppe/{name}": ratios(speeds["steppe"], speeds[name]).as_dict() for name in names[1:]},
+        "limit": {
+            "tokens_per_second": limit,
+            "seconds_a_step": parts,
+            "reached": Spread.of([speed / limit for speed in speeds["steppe"]]).as_dict(),
+        },
+        "overhead": overhead,
+        "left_out": left_out,
     }
 
 
-def check_transformers(config: Any) -> None:
-    """Raise ValueError unless transformers has a model like this RunConfig's."""
-    from pretrain.hf import config_to_hf
+def measured_overhead(contenders: Mapping[str, "Contender"], speeds: Mapping[str, list[float]]) -> dict[str, Any]:
+    """By how much of the bare loop's time steppe's step is longer, and where that is more than OVERHEAD, in what:
+    see `surplus`."""
+    from launch.bench.train_overhead import surplus
+    from launch.bench.turns import ratios
 
-    try:
-        config_to_hf(config.model)
-    except ValueError as error:
-        remedy = f"compare with --peer {DENSE} alone" if config.model.moe is not None else "choose another recipe"
-        raise ValueError(f"transformers has no model to compare with: {error}; {remedy}") from error
+    of_bare = ratios(speeds["bare"], speeds["steppe"]).median - 1
+    items: list[dict[str, Any]] = []
+    if of_bare > OVERHEAD:
+        say(f"DeepSpeed takes {of_bare:.1%} of the bare loop: profiling both")
+        found = {name: contenders[name].ask(profile=PROFILED_STEPS)["operators"] for name in ("steppe", "bare")}
+        items = surplus(found["steppe"], found["bare"])
+    return {"of_bare": of_bare, "aim": OVERHEAD, "operators": items}
 
 
 def check_same_work(first_losses: dict[str, float]) -> None:
@@ -133,56 +232,6 @@ def check_same_work(first_losses: dict[str, float]) -> None:
             )
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Tell on stderr what is being done."""
     print(f"bench: {text}", file=sys.stderr, flush=True)
-
-
-def _print_table(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from launch.bench.turns import Spread
-
-    table = Table(
-        title=f"{result['recipe']}: sequences of {result['sequence_length']}, {result['micro_batch_size']} a step, "
-        f"{result['threads']} threads, torch {result['torch']}",
-        title_justify="left",
-    )
-    table.add_column("contender")
-    for header in ("tokens/s", "min to max", "steppe / it", "min to max", "memory", "first loss", "last"):
-        table.add_column(header, justify="right")
-    for name, contender in result["contenders"].items():
-        speed, ratio = Spread(**contender["tokens_per_second"]), result["ratios"].get(f"steppe/{name}")
-        table.add_row(
-            name,
-            f"{speed.median:,.0f}",
-            f"{speed.min:,.0f} to {speed.max:,.0f}",
-            *([f"{ratio['median']:.3f}", f"{ratio['min']:.3f} to {ratio['max']:.3f}"] if ratio else ["", ""]),
-            f"{contender['peak_memory_bytes'] / 1e9:.2f} GB",
-            f"{contender['loss_at_first_step']:.4f}",
-            f"{contender['loss_at_end']:.4f}",
-        )
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
-    for name, contender in result["contenders"].items():
-        console.print(f"{name}: {_in_words(contender)}", highlight=False, soft_wrap=True)
-    console.print(
-        f"{result['rounds']} rounds of {result['steps']} steps in alternating order, gradients clipped to "
-        f"{result['grad_clip']:g}; models of the same shape have the same initial weights, and all the same random "
-        "tokens; memory is the peak of each process.",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _in_words(contender: dict[str, Any]) -> str:
-    """What one is, on a line."""
-    active, total = contender["active_parameters"], contender["total_parameters"]
-    words = [contender["what"], f"{active:,} parameters" + (f" active of {total:,}" if active != total else "")]
-    if "class" in contender:
-        words.append(contender["class"])
-    if "experts" in contender:
-        seconds = contender["forward_backward_seconds_by_experts"].items()
-        tried = ", ".join(f"{name} {value:.2f} s" for name, value in seconds)
-        words.append(f"experts_implementation={contender['experts']}, the fastest (forward and backward: {tried})")
-    return "; ".join(words)

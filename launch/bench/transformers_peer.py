@@ -46,7 +46,7 @@ def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
 
 
 def transformers_step(
-    config: RunConfig, device: torch.device, pure_bf16: bool
+    config: RunConfig, device: torch.device, pure_bf16: bool, compiled: bool = False
 ) -> tuple[Callable[[Batch], float], dict[str, Any]]:
     """A training step: its own loss, fused AdamW with the same groups, the same clipping; and what it is, in words.
 
@@ -76,6 +76,8 @@ def transformers_step(
         model.set_experts_implementation(fastest)
         about |= {"experts": fastest, "forward_backward_seconds_by_experts": seconds}
 
+    if compiled:
+        model.compile()
     optimizer = torch.optim.AdamW(
         decay_groups(model, config.optimizer.weight_decay),
         lr=config.optimizer.lr,
@@ -87,7 +89,8 @@ def transformers_step(
     def step(batch: Batch) -> float:
         loss, reported = losses(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        if config.optimizer.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         return reported.item()

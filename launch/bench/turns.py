@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from pretrain.affinity import BIND
+
 
 class Asked(Protocol):
     """Whoever takes turns: a contender, or one of several that share a process."""
@@ -26,17 +28,41 @@ class Asked(Protocol):
     def ask(self, **question: Any) -> dict[str, Any]: ...
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands among those of its run and of its machine, as a launcher tells a rank.
+
+    bound: to its share of the machine's cores. port: where its run meets; None: it is alone there.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    bound: bool = False
+    port: int | None = None
+
+    def environment(self) -> dict[str, str]:
+        """As variables."""
+        names = {"RANK": self.rank, "WORLD_SIZE": self.world}
+        names |= {"LOCAL_RANK": self.local_rank, "LOCAL_WORLD_SIZE": self.local_world}
+        names |= {"MASTER_PORT": self.port or free_port(), **({BIND: 1} if self.bound else {})}
+        return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}}
+
+
+ALONE = Place()
+
+
 class Contender:
     """`python -P -m module args...` that answers each JSON line on its stdin with one on its stdout.
 
     The first answer comes unasked, once it is built. What it writes to stderr shows only if it ends too early.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int) -> None:
+    def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int, place: Place = ALONE) -> None:
         self.name = name
-        # A rank alone; the threads are fixed before any library reads them.
-        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": str(threads)}
+        # The threads are fixed before any library reads them.
+        environment = place.environment() | {"OMP_NUM_THREADS": str(threads)}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
@@ -72,10 +98,28 @@ class Contender:
 
     def ask(self, **question: Any) -> dict[str, Any]:
         """One turn."""
+        self.put(**question)
+        return self.built()
+
+    def put(self, **question: Any) -> None:
+        """Ask without waiting for the answer."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return self.built()
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that take a turn together."""
+
+    name: str
+    members: Sequence[Contender]
+
+    def ask(self, **question: Any) -> dict[str, Any]:
+        """One turn; `members` are their answers in order."""
+        for member in self.members:
+            member.put(**question)
+        return {"members": [member.built() for member in self.members]}
 
 
 @dataclass(frozen=True)
@@ -140,7 +184,8 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

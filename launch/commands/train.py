@@ -10,12 +10,21 @@ from pretrain.run_dir import RunDir
 
 if TYPE_CHECKING:
     from pretrain.outcome import Outcome
+    from pretrain.profile_request import ProfileRequest
 
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; VALUE is YAML. May be repeated.")
 ]
 StopAfter = Annotated[
     int | None, typer.Option(help="End early after this step, with a checkpoint; the schedule is unchanged.")
+]
+Profile = Annotated[
+    int | None,
+    typer.Option(metavar="STEPS", help="Profile so many steps, after the first 3: a table, and a trace for Chrome."),
+]
+ProfileRank = Annotated[
+    list[int] | None,
+    typer.Option(metavar="RANK", help="Write the trace of this rank; may be repeated [default: 0]."),
 ]
 
 
@@ -25,6 +34,8 @@ def train(
     nproc: Annotated[int | None, typer.Option(help="Ranks on this machine [default: one a GPU, else 1].")] = None,
     overrides: Overrides = [],  # noqa: B006
     stop_after: StopAfter = None,
+    profile: Profile = None,
+    profile_rank: ProfileRank = None,
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Try the recipe here, made small, on a few CPU ranks; then report.")
     ] = False,
@@ -36,8 +47,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="To rehearse: one JSON object on stdout.")] = False,
 ) -> None:
     """Pretrain a model in a new run folder; or, with --rehearse, find out beforehand whether that will work."""
+    to_profile = profile_request(profile, profile_rank)
     meant_for = {"--nodes": nodes, "--gpus-per-node": gpus_per_node, "--ranks": ranks, "--json": as_json or None}
-    of_a_run = {"--nproc": nproc, "--stop-after": stop_after}
+    of_a_run = {"--nproc": nproc, "--stop-after": stop_after, "--profile": profile}
     for flag, value in (of_a_run if rehearse else meant_for).items():
         if value is not None:
             raise ValueError(f"{flag} does not go {'with' if rehearse else 'without'} --rehearse: leave it out")
@@ -48,7 +60,7 @@ def train(
     from launch.run import start
 
     folder = run_dir or Path("runs") / Path(recipe).stem
-    report(start(recipe, overrides, folder, nproc, stop_after), folder)
+    report(start(recipe, overrides, folder, nproc, stop_after, to_profile), folder)
 
 
 def resume(
@@ -57,6 +69,8 @@ def resume(
     overrides: Overrides = [],  # noqa: B006
     allow: Annotated[list[str], typer.Option(metavar="KEY", help="Change a key that a resume refuses.")] = [],  # noqa: B006
     stop_after: StopAfter = None,
+    profile: Profile = None,
+    profile_rank: ProfileRank = None,
     cluster: Annotated[
         str | None, typer.Option(metavar="PROFILE", help="By a job on this cluster [default: as submitted].")
     ] = None,
@@ -68,9 +82,10 @@ def resume(
     chain: Annotated[int | None, typer.Option(help="Queue this many jobs that follow one another.")] = None,
 ) -> None:
     """Go on with a run from its newest checkpoint: here, or by a job if it was submitted to a cluster."""
+    to_profile = profile_request(profile, profile_rank)
     of_a_job = {"--cluster": cluster, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--time": time}
     of_a_job |= {"--chain": chain}
-    here = {"--nproc": nproc, "--stop-after": stop_after}
+    here = {"--nproc": nproc, "--stop-after": stop_after, "--profile": profile}
     job = next((flag for flag, value in of_a_job.items() if value is not None), None)
     local = next((flag for flag, value in here.items() if value is not None), None)
     if job is not None and local is not None:
@@ -85,7 +100,18 @@ def resume(
         return
     from launch.run import resume as go_on
 
-    report(go_on(run_dir, overrides, allow, nproc, stop_after), run_dir)
+    report(go_on(run_dir, overrides, allow, nproc, stop_after, to_profile), run_dir)
+
+
+def profile_request(steps: int | None, ranks: list[int] | None) -> "ProfileRequest | None":
+    """What is asked to be profiled. Raises ValueError if only ranks are given."""
+    if steps is None:
+        if ranks:
+            raise ValueError(f"--profile-rank {ranks[0]} does not go without --profile: add it, or leave this out")
+        return None
+    from pretrain.profile_request import ProfileRequest
+
+    return ProfileRequest(steps, tuple(ranks or [0]))
 
 
 def report(outcome: "Outcome", run_dir: Path) -> None:

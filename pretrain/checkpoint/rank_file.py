@@ -6,7 +6,7 @@
     "xxh3/blocks"  U8 (n, 8): xxh3-64 of each block, a tensor like the others to any reader
 
 The hash of the header and of this last tensor stands in the index, and so vouches for every byte. Reading is by
-`preadv` into a buffer of our own: of a mapped file, the bytes that are hashed need not be those that are copied.
+`preadv` into memory of our own: of a mapped file, the bytes that are hashed need not be those that are copied.
 """
 
 import math
@@ -129,7 +129,8 @@ class RankFile:
         except BaseException:
             os.close(self._handle)
             raise
-        self._kept, self._kept_block = b"", 0
+        self._buffer = bytearray()
+        self._kept, self._kept_block = bytearray(min(block_bytes, self.value_bytes)), -1
 
     def close(self) -> None:
         os.close(self._handle)
@@ -158,21 +159,45 @@ class RankFile:
             yield row, torch.frombuffer(data, dtype=torch.float32).view(end - row, *size[1:])
 
     def read(self, start: int, stop: int) -> memoryview:
-        """Verified bytes [start, stop) of the values. Reading onwards, no block is read twice: the last is kept.
+        """Verified bytes [start, stop) of the values, good until the next call. Raises as `read_into` does."""
+        if len(self._buffer) < stop - start:
+            self._buffer = bytearray(stop - start)
+        target = memoryview(self._buffer)[: stop - start]
+        self.read_into(target, start)
+        return target
 
-        Raises DamagedError naming the tensor that a bad block lies in.
+    def read_into(self, target: memoryview, start: int) -> None:
+        """Read the values' bytes from `start` on into `target`, and verify them there: whole blocks are not copied.
+
+        Reading onwards, no block is read twice: one that ends within another tensor is kept.
+        Raises DamagedError naming the tensor that a bad block lies in; some of `target` has been written to then.
         """
-        first, last = start // self.block_bytes, -(-stop // self.block_bytes)
-        end = min(last * self.block_bytes, self.value_bytes)
-        window = memoryview(bytearray(end - first * self.block_bytes))
-        kept = self._kept[: len(window)] if first == self._kept_block else b""
-        window[: len(kept)] = kept
-        fresh = window[len(kept) :]
-        self._read_into(fresh, self._start + first * self.block_bytes + len(kept))
-        self._verify(fresh, first + -(-len(kept) // self.block_bytes))
-        self._kept_block = max(first, last - 1)
-        self._kept = bytes(window[(self._kept_block - first) * self.block_bytes :])
-        return window[start - first * self.block_bytes : stop - first * self.block_bytes]
+        size, at, stop = self.block_bytes, start, start + len(target)
+        # As many blocks at a time as are read at once; the last of the file may be short.
+        step = max(1, READ_BYTES // size) * size
+        while at < stop:
+            block = at // size
+            end = stop if stop == self.value_bytes else stop - stop % size
+            if at % size or end <= at:
+                end = min(stop, (block + 1) * size)
+                target[at - start : end - start] = self._block(block)[at - block * size : end - block * size]
+            else:
+                end = min(end, at + step)
+                part = target[at - start : end - start]
+                self._read_into(part, self._start + at)
+                self._verify(part, block)
+            at = end
+
+    def _block(self, block: int) -> memoryview:
+        """A verified block, kept until another is asked for."""
+        begin = block * self.block_bytes
+        kept = memoryview(self._kept)[: min(self.block_bytes, self.value_bytes - begin)]
+        if block != self._kept_block:
+            self._kept_block = -1
+            self._read_into(kept, self._start + begin)
+            self._verify(kept, block)
+            self._kept_block = block
+        return kept
 
     def _verify(self, data: memoryview, block: int) -> None:
         for at in range(0, len(data), self.block_bytes):

@@ -14,6 +14,7 @@ from model.parameters import buffer_shapes
 from pretrain.boxes import Box, Piece, common, slices
 from pretrain.checkpoint.index import CheckpointIndex, DamagedError, rank_file_name, read_index
 from pretrain.checkpoint.rank_file import RankFile, tensor_key
+from pretrain.device import is_processor
 from pretrain.pages import empty_pages
 
 OPEN_FILES = 512  # at a time: a process may have 1,024, and not for this alone
@@ -115,12 +116,23 @@ class CheckpointReader:
 
 
 def _copy_rows(file: RankFile, key: str, copy: Copy, view: Tensor) -> None:
-    """Copy a part of a stored tensor into a piece's view, some rows at a time."""
+    """Copy a part of a stored tensor into a piece's view: straight from the file, or some rows at a time."""
     first = copy.part.offset[0] - copy.stored.offset[0]
     source, target = slices(copy.part, copy.stored)[1:], slices(copy.part, copy.piece.box)
     into = view[target]
+    if copy.part.size[1:] == copy.stored.size[1:] and (data := _bytes_of(into)) is not None:
+        row_bytes = len(data) // copy.part.size[0]
+        file.read_into(data, file.start_of(key, copy.stored.size) + first * row_bytes)
+        return
     for row, rows in file.rows(key, copy.stored.size, first, first + copy.part.size[0]):
         into[row - first : row - first + len(rows)] = rows[:, *source].to(view.device)
+
+
+def _bytes_of(values: Tensor) -> memoryview | None:
+    """The memory of values that lie one after the other on the host as they do in a file; else None."""
+    if not (is_processor(values.device) and values.dtype == torch.float32 and values.is_contiguous()):
+        return None
+    return values.detach().numpy().data.cast("B")
 
 
 def read_weights(checkpoint: Path, kind: str = "fp32") -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from pretrain.evaluation.ranks import Ranks, Start, rank_main, run_on_ranks
 from pretrain.evaluation.record import DocumentSet, RecordsWriter, done
 from pretrain.evaluation.texts import TextsConfig, identities, read_texts
 from pretrain.evaluation.windows import WHOLE_DOCUMENT, Windowing
+from pretrain.host_memory import keep_freed_memory
 from pretrain.load_model import LoadedModel, load_model
 
 PRECISIONS = ("fp32", "bf16")
@@ -159,6 +160,8 @@ def _prepare(job: EvaluationJob, folder: Path, files: Sequence[Mapping[str, Any]
 
 def _score(job: EvaluationJob, folder: Path, prepared: _Prepared, ranks: Ranks) -> Scored:
     texts = read_texts(job.texts, prepared.model.tokenizer)
+    if job.offload is None:  # else memory is what there is little of
+        keep_freed_memory()
     with (
         ProgressDisplay(job.total_bytes, prepared.done_bytes, ranks.world, shown=ranks.rank == 0) as display,
         RecordsWriter(folder, ranks.rank) as records,

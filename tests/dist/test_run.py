@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,55 @@ def test_stop_after_then_resume_is_exact(undisturbed: Path, steppe: Steppe, corp
     assert weights(run) == weights(undisturbed)
     done = steppe("resume", run)
     assert "step 12: the run has come that far already" in done.stderr
+
+
+def test_deterministic_changes_no_digit_on_processors(
+    undisturbed: Path, steppe: Steppe, corpus: Corpus, tmp_path: Path
+) -> None:
+    """And the ranks really set it; see `pretrain/device.py`."""
+    run = tmp_path / "run"
+    steppe("train", "58m", "--nproc", 2, "--run-dir", run, *corpus.settings("deterministic=true"))
+    recorded = [json.loads((path / "environment.json").read_text())["deterministic"] for path in (undisturbed, run)]
+    assert recorded == [False, True]
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+
+def test_a_profile_is_told_and_changes_no_digit(
+    undisturbed: Path, steppe: Steppe, corpus: Corpus, tmp_path: Path
+) -> None:
+    """All steps after those that warm up, with a validation, saves, and the run's end in them."""
+    run = tmp_path / "run"
+    words = ("train", "58m", "--nproc", 2, "--run-dir", run, *corpus.settings())
+    refused = steppe(*words, "--profile", 10, code=2)
+    assert "--profile 10: from step 1 to the last one, step 12, there are 9 steps" in refused.stderr
+    assert not run.exists()
+    done = steppe(*words, "--profile", 9, "--profile-rank", 1)
+    assert curve(run) == curve(undisturbed)
+    assert weights(run) == weights(undisturbed)
+
+    folder = run / "profile" / "step_4"
+    assert {path.name for path in folder.iterdir()} == {"regions.json", "trace_rank_1.json"}
+    facts = json.loads((folder / "regions.json").read_text())
+    assert [step["step"] for step in facts["steps"]] == list(range(4, 13))
+    for step in facts["steps"]:
+        assert sum(step["host_ns"].values()) == step["wall_ns"]
+        assert (step["host_ns"]["validation"] > 0) == (step["step"] in (6, 12))
+        assert all(nanoseconds for region, nanoseconds in step["host_ns"].items() if region != "validation")
+    wall_ns = sum(step["wall_ns"] for step in facts["steps"])
+    assert facts["regions"]["other"]["host_ns"] < 0.05 * wall_ns
+    assert sum(region["host_ns"] for region in facts["regions"].values()) == wall_ns
+    assert len(facts["operators"]) == 10
+    traced = json.loads((folder / "trace_rank_1.json").read_text())["traceEvents"]
+    spans = Counter(event["name"] for event in traced if event.get("cat") == "user_annotation")
+    assert spans["steppe: step 12"] == 1
+    assert spans["steppe: forward"] == spans["steppe: backward"] == 9 * 2  # micro-batches
+    assert spans["steppe: validation"] == 2
+    table = done.stderr[done.stderr.index("profile of steps 4 to 12") :]
+    assert table.index("reduction") < table.index("aten::mm") < table.index("PaLM, appendix B")
+    assert "profile of steps 4 to 12" in (run / "logs" / "rank_00000.log").read_text()
+    (event,) = read_events(RunDir(run).events_path, "profile")
+    assert (event["step"], event["path"]) == (4, str(folder))
 
 
 def test_a_run_starts_from_the_weights_of_another(

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.bench.app import app
-from launch.bench.contenders import peers_of
 from launch.bench.dense_counterpart import dense_counterpart
-from launch.bench.train import check_same_work, run
+from launch.bench.train import bench_config, check_same_work, run
+from launch.bench.train_ranks import print_ranks, run_ranks
+from launch.bench.train_table import print_table
 from launch.bench.transformers_peer import EXPERTS, build_model
-from launch.bench.turns import Contender, Spread, ratios, take_turns
+from launch.bench.turns import Contender, Place, Spread, Team, ratios, take_turns
 from model.accounting import parameter_counts
 from model.config import ModelConfig
+from pretrain.affinity import BIND
 from pretrain.engine import build_decoder, decoder_inputs
 from pretrain.random_batch import random_batch
 from pretrain.recipe import load_config
@@ -46,41 +48,71 @@ def moe_recipe(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 def test_all_contenders_do_the_same_work(recipe: str) -> None:
-    found = CliRunner().invoke(
-        app, ["train", "--recipe", recipe, "--rounds", "3", "--steps", "2", "--sequence-length", "64", "--json"]
-    )
+    words = ["train", "--recipe", recipe, "--rounds", "3", "--steps", "2", "--sequence-length", "64", "--json"]
+    found = CliRunner().invoke(app, [*words, "--peers", "bare,transformers-mixed"])
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout)
     assert result["sequence_length"] == 64
-    assert list(result["contenders"]) == ["steppe", "transformers", "transformers-bf16"]
-    assert list(result["ratios"]) == ["steppe/transformers", "steppe/transformers-bf16"]
+    assert list(result["contenders"]) == ["steppe", "bare", "transformers-mixed"]
+    assert list(result["ratios"]) == ["steppe/bare", "steppe/transformers-mixed"]
     ours = result["contenders"]["steppe"]
     for peer in result["contenders"].values():
         speed = peer["tokens_per_second"]
         assert 0 < speed["min"] <= speed["median"] <= speed["max"]
         assert len(peer["tokens_per_second_by_round"]) == 3
         assert peer["peak_memory_bytes"] > 10**8
+        eager = result["contenders"]["transformers-mixed"]["peak_memory_bytes"]
+        assert peer["peak_memory_of_eager"] == peer["peak_memory_bytes"] / eager
         # The same weights on the same tokens: in bf16 the losses are near each other, and they move.
         for loss in ("loss_at_first_step", "loss_at_end"):
             assert peer[loss] == pytest.approx(ours[loss], rel=2e-3)
         assert peer["loss_at_end"] != peer["loss_at_first_step"]
         assert peer["active_parameters"] == peer["total_parameters"] == ours["total_parameters"]
+    # Not rounded in other places, but the same arithmetic.
+    assert result["contenders"]["bare"]["loss_at_end"] == pytest.approx(ours["loss_at_end"], rel=1e-5)
+    limit = result["limit"]
+    assert limit["tokens_per_second"] == 64 * 8 / sum(limit["seconds_a_step"].values())
+    assert list(limit["seconds_a_step"]) == ["matrix products", "attention", "adamw"]
+    assert limit["reached"]["median"] == ours["tokens_per_second"]["median"] / limit["tokens_per_second"]
+    assert result["overhead"].keys() == {"of_bare", "aim", "operators"}
+    print_table(result)
 
 
 @pytest.mark.slow
 def test_experts_run_beside_a_dense_model_and_transformers(moe_recipe: str) -> None:
-    result = run(moe_recipe, rounds=1, steps=2, sequence_length=64, micro_batch_size=4, peers=[])
+    config = bench_config(moe_recipe, sequence_length=64, micro_batch_size=4)
+    result = run(moe_recipe, config, rounds=1, steps=2, peers="steppe-dense,transformers-mixed")
     contenders = result["contenders"]
-    assert list(contenders) == ["steppe", "steppe-dense", "transformers", "transformers-bf16"]
-    ours, dense = contenders["steppe"], contenders["steppe-dense"]
+    assert list(contenders) == ["steppe", "steppe-dense", "transformers-mixed"]
+    ours, dense, theirs = (contenders[name] for name in ("steppe", "steppe-dense", "transformers-mixed"))
     routers = 2 * 4 * 32
     assert dense["total_parameters"] == dense["active_parameters"] == ours["active_parameters"] - routers
     assert dense["ffn_size"] == 48
-    for name in ("transformers", "transformers-bf16"):
-        assert contenders[name]["class"] == "MixtralForCausalLM"
-        assert contenders[name]["experts"] in EXPERTS
-        assert contenders[name]["total_parameters"] == ours["total_parameters"]
-        assert contenders[name]["loss_at_first_step"] == pytest.approx(ours["loss_at_first_step"], rel=2e-3)
+    assert result["overhead"] is None
+    assert theirs["class"] == "MixtralForCausalLM"
+    assert theirs["experts"] in EXPERTS
+    assert theirs["total_parameters"] == ours["total_parameters"]
+    assert theirs["loss_at_first_step"] == pytest.approx(ours["loss_at_first_step"], rel=2e-3)
+
+
+@pytest.mark.slow
+def test_ranks_are_compared_with_one_alone_and_with_ranks_apart(recipe: str) -> None:
+    words = ["train", "--recipe", recipe, "--rounds", "2", "--steps", "2", "--ranks", "2", "--zero-stage", "2"]
+    found = CliRunner().invoke(app, [*words, "--micro-batch-size", "4", "--sequence-length", "64", "--json"])
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout)
+    settings, gains = result["settings"], result["gains"]
+    assert list(settings) == list(gains) == ["ranks", "apart", "one-share", "one-all"]
+    assert result["zero_stage"] == 2
+    assert settings["ranks"]["what"].startswith("2 ranks, ZeRO 2, ")
+    assert [len(setting["peak_memory_bytes"]) for setting in settings.values()] == [2, 2, 1, 1]
+    assert gains["one-share"] == {"median": 1, "min": 1, "max": 1}
+    # The same batches, whatever the threads; two ranks have another rank's targets besides.
+    alone = settings["one-all"]["loss_at_first_step"]
+    assert settings["apart"]["loss_at_first_step"] == pytest.approx(alone, rel=1e-4)
+    assert settings["ranks"]["loss_at_first_step"] != alone
+    assert settings["ranks"]["loss_at_first_step"] == pytest.approx(alone, rel=0.01)
+    print_ranks(result)
 
 
 @pytest.mark.parametrize("experts", [False, True])
@@ -138,28 +170,21 @@ def test_a_dense_model_of_equal_active_parameters(
     assert abs(difference) <= (0 if everywhere else layers * 3 * 32 * 4)
 
 
-def test_peers_are_those_that_there_are_for_the_model() -> None:
-    dense = ModelConfig.model_validate({"preset": "tiny-10m"})
-    sparse = ModelConfig.model_validate({"preset": "tiny-moe"})
-    assert peers_of(dense, []) == ["transformers", "transformers-bf16"]
-    assert peers_of(sparse, []) == ["steppe-dense", "transformers", "transformers-bf16"]
-    assert peers_of(sparse, ["transformers", "transformers"]) == ["transformers"]
-    with pytest.raises(ValueError, match="--peer steppe-dense is for a recipe with experts"):
-        peers_of(dense, ["steppe-dense"])
+def test_what_all_have_in_common_is_not_overridden(recipe: str) -> None:
+    config = bench_config(recipe, 16, 4, ["model.num_layers=3", "parallel.compile=true"], zero_stage=2, ranks=2)
+    assert (config.model.num_layers, config.parallel.compile, config.parallel.zero_stage) == (3, True, 2)
+    assert (config.data.sequence_length, config.batch.global_batch_size, config.batch.micro_batch_size) == (16, 8, 4)
+    for override in ("precision=fp32", "data.sequence_length=32", "batch.micro_batch_size=2", "parallel.zero_stage=3"):
+        with pytest.raises(ValueError, match=f"--set {override}: what is measured has .*; leave it out"):
+            bench_config(recipe, 16, 4, [override])
 
 
-def test_an_unknown_peer_is_refused(recipe: str) -> None:
-    with pytest.raises(ValueError, match="--peer nanogpt is not known: choose from steppe-dense, transformers"):
-        run(recipe, 1, 1, 8, 1, ["nanogpt"])
-
-
-def test_experts_that_transformers_has_not_are_refused(moe_recipe: str) -> None:
-    recipe = Path(moe_recipe)
-    recipe.write_text(recipe.read_text().replace("experts: 4", "experts: 4, shared_experts: 1"))
-    with pytest.raises(
-        ValueError, match=r"shared_experts 1 has no counterpart .*; compare with --peer steppe-dense alone"
-    ):
-        run(moe_recipe, 1, 1, 8, 1, [])
+def test_ranks_have_no_peers_and_a_core_each(recipe: str) -> None:
+    found = CliRunner().invoke(app, ["train", "--recipe", recipe, "--ranks", "2", "--peers", "bare"])
+    assert isinstance(found.exception, ValueError)
+    assert "--ranks 2 compares Steppe with itself: leave out --peers" in str(found.exception)
+    with pytest.raises(ValueError, match=r"--ranks 5000: this process may use \d+ cores, and each rank needs one"):
+        run_ranks(recipe, bench_config(recipe, 8, 1, ranks=5000), 5000, 1, 1)
 
 
 def test_other_work_is_not_reported() -> None:
@@ -186,6 +211,38 @@ class Recorded:
     def ask(self, **question: int) -> dict[str, int]:
         self.order.append(self.name)
         return {"seconds": len(self.order), **question}
+
+
+def test_a_team_is_asked_before_any_of_it_is_heard() -> None:
+    """Else its members, who may wait for each other, would wait for ever."""
+
+    class Member:
+        def put(self, **question: int) -> None:
+            said.append("put")
+
+        def built(self) -> int:
+            said.append("built")
+            return len(said)
+
+    said: list[str] = []
+    assert Team("both", [Member(), Member()]).ask(steps=1) == {"members": [3, 4]}  # type: ignore[list-item]
+    assert said == ["put", "put", "built", "built"]
+
+
+def test_a_place_is_what_a_launcher_tells_a_rank() -> None:
+    told = Place(rank=1, world=2, local_rank=1, local_world=2, bound=True, port=29500).environment()
+    assert told == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+        BIND: "1",
+    }
+    first, second = (Place().environment() for _ in range(2))
+    assert BIND not in first
+    assert first["MASTER_PORT"] != second["MASTER_PORT"]
 
 
 def test_the_order_turns_round_each_round() -> None:

@@ -28,3 +28,18 @@ def test_help_is_no_error() -> None:
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage: steppe" in done.stdout
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """What it takes the time for is known by what is imported; a second of torch or pydantic is not to creep in."""
+    program = """
+import sys
+sys.argv = ["steppe", "--help"]
+from launch.cli import main
+try:
+    main()
+except SystemExit:
+    print(*{"torch", "pydantic", "numpy", "rich", "yaml", "deepspeed", "jinja2"} & sys.modules.keys(), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"

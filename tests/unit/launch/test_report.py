@@ -1,6 +1,7 @@
 """The report: one page, complete, offline, harmless whatever it tells of, and small whatever the length of the run."""
 
 import math
+import os
 import re
 import time
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ from launch.report import run_report, sweep_report
 from launch.report_plots import COLOURS
 from pretrain.recipe import dump_config
 from pretrain.run_dir import RunDir, write_json
+from tests.made_up_profile import made_up_profile
 from tests.small_run import small_config
 from tests.unit.launch.history_of_a_run import MadeUpRun
 
@@ -80,6 +82,21 @@ def write_run(path: Path, steps: int, moe: bool = False) -> RunDir:
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a short run with experts."""
     return run_report(write_run(tmp_path_factory.mktemp("reported") / "run", 20, moe=True).path)
+
+
+def test_the_last_profile_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", 8)
+    assert "Profile of steps" not in run_report(run.path)
+    for first in (4, 11):
+        folder = run.profiles / f"step_{first}"
+        folder.mkdir(parents=True)
+        write_json(folder / "regions.json", made_up_profile(first))
+        os.utime(folder / "regions.json", (first, first))
+    page = Page(run_report(run.path))
+    assert "Profile of steps 11 to 12" in page.text
+    assert "Profile of steps 4" not in page.text
+    for told in ("backward", "0.6000", "60.0 %", "MFU 25.0%", "PaLM, appendix B"):
+        assert told in page.text
 
 
 def test_a_page_has_everything(text: str) -> None:

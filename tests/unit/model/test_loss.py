@@ -1,5 +1,8 @@
 """The chunked cross-entropy: its value and gradients against the plain formula, and what it never allocates."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -17,8 +20,9 @@ N, V, D, VOCAB = 101, 256, 64, 200
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 7 rows, so that chunks and pieces both end unevenly."""
+    """Pieces of 7 rows, and of the weight's gradient of 48, so that chunks and pieces all end unevenly."""
     monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", 7 * V)
+    monkeypatch.setattr(loss, "GRADIENT_ROWS", 48)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,6 +123,56 @@ def test_only_the_asked_gradient_is_made(trained: str) -> None:
     trained_grad = given[trained].grad
     assert trained_grad is not None
     assert_close(trained_grad, expected[trained], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_logits_are_as_exact_as_small_ones(dtype: torch.dtype) -> None:
+    """The softmax is at its ends: of each row one probability is 1, the others underflow, the target's too."""
+    hidden, weight, targets = inputs(dtype)
+    with torch.no_grad():
+        hidden *= 100
+    actual, expected = linear_cross_entropy(hidden, weight, targets, VOCAB), plain(hidden, weight, targets)
+    assert actual.nll.item() == pytest.approx(expected.nll.item(), rel=1e-6 if dtype == torch.float32 else 1e-3)
+    for grad in grads(actual, hidden, weight):
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_parts_of_the_vocabulary_are_the_whole(z_loss: float, dtype: torch.dtype) -> None:
+    """4 ranks, as threads, of which the last holds padding alone."""
+    hidden, weight, targets = inputs(dtype)
+    vocab_size, ranks = 3 * V // 4, 4
+    targets = targets.clamp(max=vocab_size - 1)
+    expected = linear_cross_entropy(hidden, weight, targets, vocab_size, z_loss)
+    expected_hidden, expected_weight = grads(expected, hidden, weight)
+    barrier, shown = threading.Barrier(ranks, timeout=60), {}
+
+    def combined(rank: int, reduce: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        shown[rank] = x.clone()
+        barrier.wait()
+        whole = reduce(torch.stack([shown[index] for index in range(ranks)]))
+        barrier.wait()
+        return x.copy_(whole)  # in place, as torch.distributed's all-reduce
+
+    def of_rank(rank: int) -> tuple[float, float, Tensor, Tensor]:
+        rows = slice(rank * V // ranks, (rank + 1) * V // ranks)
+        part = loss.VocabularyPart(
+            rows.start,
+            maximum=lambda x: combined(rank, lambda parts: parts.amax(dim=0), x),
+            total=lambda x: combined(rank, lambda parts: parts.sum(dim=0), x),
+        )
+        own_hidden, own_weight = (x.detach().requires_grad_() for x in (hidden, weight[rows]))
+        sums = linear_cross_entropy(own_hidden, own_weight, targets, vocab_size, z_loss, 32, part)
+        return sums.total.item(), sums.nll.item(), *grads(sums, own_hidden, own_weight)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        totals, nlls, of_hidden, of_weight = zip(*pool.map(of_rank, range(ranks)), strict=True)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    assert totals == pytest.approx([expected.total.item()] * ranks, rel=1e-6)
+    assert nlls == pytest.approx([expected.nll.item()] * ranks, rel=1e-6)
+    assert_close(sum(grad.float() for grad in of_hidden), expected_hidden, rounding)
+    assert_close(torch.cat(of_weight), expected_weight, rounding)
 
 
 def test_losses_by_token() -> None:

@@ -1,4 +1,4 @@
-"""The layer of experts: equal to DeepSeek-V3's, whole or sharded, counted once, without a read by the host."""
+"""The layer of experts: equal to DeepSeek-V3's, counted once, without a read by the host."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
 from model.config import ModelConfig
-from model.moe import Experts, MoE
+from model.moe import MoE
 
 D, E, F = 32, 8, 24
 
@@ -110,20 +110,6 @@ def test_experts_without_tokens() -> None:
     for parameter in moe.experts.parameters():
         assert parameter.grad is not None
         assert torch.equal(parameter.grad.flatten(1).count_nonzero(dim=1) > 0, used)
-
-
-def test_a_shard_of_the_experts_works_the_same() -> None:
-    whole, counts = build().experts, torch.tensor([5, 0, 1, 3, 0, 0, 7, 4])
-    x = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
-    parts = []
-    for shard, rows in zip(([0, 1, 2], [3, 4, 5, 6, 7]), x.split([6, 14]), strict=True):
-        part = Experts(config())
-        for name, parameter in whole.named_parameters():
-            setattr(part, name, torch.nn.Parameter(parameter[shard]))
-        parts.append(part(rows, counts[shard]))
-    torch.testing.assert_close(torch.cat(parts), whole(x, counts))
-    empty = whole(x[:0], torch.zeros_like(counts))
-    assert empty.shape == (0, D)
 
 
 def test_it_runs_in_bf16() -> None:

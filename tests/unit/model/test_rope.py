@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from model import rope
 from model.config import ModelConfig
-from model.rope import RotaryTables, attention_factor, inverse_frequencies, rotate
+from model.rope import RotaryTables, attention_factor, inverse_frequencies, rotate, rotate_in_pieces
 
 
 def config(scaling: dict[str, object] | None = None) -> ModelConfig:
@@ -45,6 +46,28 @@ def test_rotation_gradient() -> None:
     (expected,) = torch.autograd.grad((plain * weights).sum(), x)
     (actual,) = torch.autograd.grad((rotate(x, cos, sin) * weights).sum(), x)
     torch.testing.assert_close(actual, expected)
+
+
+def test_rotation_gradient_is_the_derivative() -> None:
+    x = torch.randn(2, 3, 2, 64, dtype=torch.float64, requires_grad=True)
+    tables = [table.double() for table in RotaryTables(config())(torch.arange(3))]
+    assert torch.autograd.gradcheck(lambda x: rotate(x, *tables), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("positions", [(5,), (7, 5)])
+def test_pieces_are_the_whole_bit_for_bit(
+    dtype: torch.dtype, positions: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3 sequences at a time, of 7, with positions of their own or alike; tokens far apart, as in one joint product."""
+    monkeypatch.setattr(rope, "PIECE_ELEMENTS", 3 * 5 * 4 * 64)
+    x = torch.randn(7, 5, 12, 64).to(dtype)[:, :, 4:8].requires_grad_()
+    grad = torch.randn(7, 5, 4, 64).to(dtype)
+    tables = RotaryTables(config())(torch.randint(0, 1000, positions))
+    whole, pieces = rotate(x, *tables), rotate_in_pieces(x, *tables)
+    assert torch.equal(whole, pieces)
+    (of_whole,), (of_pieces,) = (torch.autograd.grad(rotated, x, grad) for rotated in (whole, pieces))
+    assert torch.equal(of_whole, of_pieces)
 
 
 def test_tables_are_fp32_and_outside_the_state() -> None:

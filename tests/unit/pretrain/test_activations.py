@@ -4,12 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from model import loss
+from model import loss, token_rows
 from model.config import ModelConfig
 from model.decoder import Block, Decoder
+from model.norm import RMSNorm, rms_norm_in_pieces
 from model.rope import RotaryTables
 from pretrain.activations import (
+    EXPERT_SLOT_MULTIPLE,
     LOSS_CHUNK_TOKENS,
+    LOSS_GRADIENT_ROWS,
     LOSS_SOFTMAX_ELEMENTS,
     Work,
     activation_bytes,
@@ -26,9 +29,17 @@ def work(dtype: torch.dtype, **degrees: int) -> Work:
     return Work(B * T, T, torch.finfo(dtype).bits // 8, fused=False, **degrees)
 
 
+def norms_in_pieces(module: nn.Module) -> None:
+    """As on a processor; a GPU's keep the same."""
+    for norm in module.modules():
+        if isinstance(norm, RMSNorm):
+            norm.function = rms_norm_in_pieces
+
+
 def saved_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the distinct tensors that a block's graph holds, its parameters and the rotation's angles left out."""
     block = Block(config, layer=0).to(dtype)
+    norms_in_pieces(block)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     cos, sin = RotaryTables(config)(torch.arange(T))
@@ -108,6 +119,7 @@ def test_forward_holds_what_is_accounted() -> None:
     decoder, tokens = Decoder(config), torch.zeros(B, T, dtype=torch.int64)
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.02)
+    norms_in_pieces(decoder)
     decoder(tokens, tokens).total.backward()
     decoder.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -123,4 +135,9 @@ def test_forward_holds_what_is_accounted() -> None:
 
 
 def test_the_constants_are_those_of_the_loss() -> None:
-    assert (LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS) == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS)
+    ours = LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS, LOSS_GRADIENT_ROWS
+    assert ours == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS, loss.GRADIENT_ROWS)
+
+
+def test_the_constant_is_that_of_the_experts() -> None:
+    assert EXPERT_SLOT_MULTIPLE == token_rows.SLOT_MULTIPLE

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pretrain.deepspeed_config import ALLOWED, INSTEAD, deepspeed_config
+from pretrain.deepspeed_config import ALLOWED, INSTEAD, deepspeed_config, reduce_bucket_elements
 from tests.small_run import small_config
 
 
@@ -17,8 +17,37 @@ def test_derived() -> None:
 def test_a_recipe_may_add_and_tune() -> None:
     config = small_config("deepspeed={zero_optimization: {reduce_bucket_size: 1000}, wall_clock_breakdown: true}")
     told = deepspeed_config(config, 1)
-    assert told["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
+    assert told["zero_optimization"]["reduce_bucket_size"] == 1000
     assert told["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 40, 41, 1024])
+def test_buckets_grow_with_the_ranks(ranks: int) -> None:
+    """Megatron-Core's rule: from 40 ranks on, a million elements a rank."""
+    assert reduce_bucket_elements(ranks) == (40_000_000 if ranks <= 40 else ranks * 1_000_000)
+
+
+def test_every_rank_with_other_tokens_counts_for_a_bucket() -> None:
+    config = small_config("parallel.sequence=2", "batch={global_batch_size: 256, micro_batch_size: 1}")
+    assert deepspeed_config(config, 128)["zero_optimization"]["reduce_bucket_size"] == 256_000_000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "overlaps", "expected"),
+    [
+        ((), 2, True, True),
+        ((), 2, False, False),  # a processor
+        ((), 1, True, False),  # nobody to send to
+        (("parallel.sequence=2",), 1, True, True),
+        (("parallel.zero_stage=3",), 2, True, True),
+        (("deterministic=true",), 2, True, False),
+        (("deepspeed={zero_optimization: {overlap_comm: false}}",), 2, True, False),
+        (("deepspeed={zero_optimization: {overlap_comm: true}}",), 2, False, True),
+    ],
+)
+def test_overlap(overrides: tuple[str, ...], ranks: int, overlaps: bool, expected: bool) -> None:
+    told = deepspeed_config(small_config(*overrides), ranks, overlaps)
+    assert told["zero_optimization"]["overlap_comm"] is expected
 
 
 def test_saying_the_same_is_no_contradiction() -> None:

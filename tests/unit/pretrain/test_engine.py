@@ -1,6 +1,5 @@
 """The step's one read by the host, counted; updates that are left out; and the status that ranks agree on."""
 
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -9,36 +8,21 @@ import torch
 from pretrain.engine import StepStats, agree, build_decoder
 from pretrain.engine_torch import TorchEngine
 from tests.small_run import MODELS, rank_batches, small_config
+from tests.step_counts import host_reads
 
 CPU = torch.device("cpu")
-READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts every way in which the host can read a tensor's value."""
-    counts: Counter[str] = Counter()
-    for name in READS:
-        original = getattr(torch.Tensor, name)
-
-        def counted(self: torch.Tensor, *args: object, name: str = name, original: object = original) -> object:
-            counts[name] += 1
-            return original(self, *args)  # type: ignore[operator]
-
-        monkeypatch.setattr(torch.Tensor, name, counted)
-    return counts
-
-
-def test_one_host_read_a_step(reads: Counter[str]) -> None:
+def test_one_host_read_a_step() -> None:
     config = small_config("precision=fp32")
     engine = TorchEngine(build_decoder(config, CPU, torch.float32), config, CPU)
     batches = rank_batches(config, 0, 0, 1)
-    reads.clear()
-    agree(engine.train_step(batches, 1e-3))
+    with host_reads() as reads:
+        agree(engine.train_step(batches, 1e-3))
     assert reads == {"tolist": 1}
-    reads.clear()
-    engine.train_step(batches, 1e-3)
-    engine.train_step(batches, 1e-3, skip=True)
+    with host_reads() as reads:
+        engine.train_step(batches, 1e-3)
+        engine.train_step(batches, 1e-3, skip=True)
     assert not reads
 
 

@@ -7,6 +7,7 @@ import pytest
 from model.accounting import parameter_counts
 from model.parameters import is_norm, parameter_shapes
 from pretrain.config import RunConfig
+from pretrain.deepspeed_config import reduce_bucket_elements
 from pretrain.memory import DEEPSPEED_DEFAULTS, RankMemory, moments, rank_memory
 from pretrain.recipe import load_config
 
@@ -117,6 +118,14 @@ def test_gradients_wait_for_backward_only_when_they_accumulate() -> None:
 def test_the_escape_hatch_counts() -> None:
     small = "deepspeed={zero_optimization: {reduce_bucket_size: 10_000_000}}"
     assert at("reduction", recipe("7b", small), 8).buffers < at("reduction", recipe("7b"), 8).buffers
+
+
+def test_overlap_takes_a_second_bucket() -> None:
+    alone = "deepspeed={zero_optimization: {overlap_comm: false}}"
+    for stage, element_bytes in ((1, 4), (2, 2), (3, 0)):
+        zero = f"parallel.zero_stage={stage}"
+        more = at("reduction", recipe("7b", zero), 8).buffers - at("reduction", recipe("7b", zero, alone), 8).buffers
+        assert more == element_bytes * reduce_bucket_elements(8), stage
 
 
 def test_an_impossible_layout_is_refused() -> None:

@@ -11,6 +11,7 @@ from model.decoder import Decoder
 from model.init import initialise
 from model.parameters import buffer_shapes, parameter_shapes
 from pretrain.boxes import Box
+from pretrain.kernels import apply_kernels
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize, placements
 from tests.small_run import MODELS, VOCABULARY, small_config
@@ -50,6 +51,7 @@ def test_parameters_are_real_and_keep_their_names(
 def test_it_computes_what_the_plain_decoder_does(model: str) -> None:
     config = small_config(f"model.moe={MODELS[model]}", "parallel.activation_checkpointing=selective")
     ours, plain = parallelize(config, CPU, torch.float32, ParallelDims.of_this_rank(config)), Decoder(config.model)
+    apply_kernels(plain, CPU)
     tokens = torch.randint(0, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
     sums = []
     for decoder in (ours, plain):

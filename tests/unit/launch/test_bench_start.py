@@ -1,0 +1,47 @@
+"""`steppe bench start`: every part runs, its phases are there, and what is wrong is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.bench.app import app
+from launch.bench.start import PARTS, PHASES, run
+from launch.bench.start_contender import read
+
+MODEL = "model={hidden_size: 32, num_layers: 1, num_heads: 2, ffn_size: 64, vocab_size: 1000}"
+
+
+@pytest.mark.slow
+def test_every_part_says_what_it_took(tmp_path: Path) -> None:
+    settings = ["--set", MODEL, "--set", "data.sequence_length=32", "--set", "batch.micro_batch_size=2"]
+    arguments = ["start", "--rounds", "1", "--ranks", "1", "--resumed", "58m", "--dir", str(tmp_path), "--json"]
+    found = CliRunner().invoke(app, [*arguments, *settings])
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout)
+    assert list(result["commands"]["seconds"]) == ["help", "status", "plan"]
+    first = result["first_step"]
+    assert list(first["phases"]) == list(PHASES)
+    assert all(phase["min"] > 0 for phase in first["phases"].values())
+    assert sum(first["by_round"][0].values()) == pytest.approx(first["seconds"]["median"])
+    assert all(spread["min"] > 0 for spread in result["resume"]["seconds"].values())
+    parts = [result[key] for key in ("commands", "first_step", "resume")]
+    assert [len(part["targets"]) for part in parts] == [1, 1, 1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_reads_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loading is compared with."""
+    monkeypatch.setattr("launch.bench.start_contender.READ_BYTES", 100)
+    (tmp_path / "file").write_bytes(bytes(range(250)) * 3)
+    memory = bytearray(750)
+    read(tmp_path / "file", memoryview(memory))
+    assert bytes(memory) == bytes(range(250)) * 3
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--part nosuch is none of {', '.join(PARTS)}"):
+        run("58m", "58m", 1, 1, ["nosuch"], tmp_path, [])
+    with pytest.raises(ValueError, match="nowhere is no folder: make it first"):
+        run("58m", "58m", 1, 1, ["commands"], tmp_path / "nowhere", [])
