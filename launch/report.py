@@ -185,7 +185,9 @@ def _profile(run: RunDir) -> dict[str, Any] | None:
         return None
     facts = read_json(written[-1])
     first, last = facts["steps"][0]["step"], facts["steps"][-1]["step"]
-    return {"first": first, "last": last, "rows": region_rows(facts), "mfu": mfu_in_words(facts)}
+    rows = region_rows(facts)
+    on_device = any(row.device_seconds for row in rows)
+    return {"first": first, "last": last, "rows": rows, "on_device": on_device, "mfu": mfu_in_words(facts)}
 
 
 def _goodput(status: RunStatus) -> list[dict[str, Any]]:
@@ -235,7 +237,6 @@ def _last(rows: list[Any]) -> Rows:
 
 
 def page(template: str, **values: Any) -> str:
-    """A template of this folder, filled in."""
     """A template of this folder, filled in."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -30,9 +30,13 @@ class FlexKernel(Protocol):
         """q (B, H, T, h), k and v (B, K, T, h) -> (B, H, T, h)."""
 
 
-def compiled_kernel() -> FlexKernel:
-    """One for all layers: it is compiled once for each shape, so once for each length of sequence."""
-    return torch.compile(flex_attention, dynamic=False)
+def compiled_kernel(most_versions: int) -> FlexKernel:
+    """One for all layers: it is compiled once for each shape, so twice for each length of sequence: with gradients, and
+    without.
+
+    most_versions: above so many torch would compute uncompiled, and make the scores of all pairs.
+    """
+    return torch.compile(flex_attention, dynamic=False, recompile_limit=most_versions)  # type: ignore[call-overload]
 
 
 class FlexAttention(CausalAttention):

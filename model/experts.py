@@ -119,4 +119,7 @@ class _Experts(torch.autograd.Function):
 
 def _by_expert(a: Tensor, b: Tensor, ends_E: Tensor) -> Tensor:
     """Each expert's rows of a times its matrix of b; or, both being 2-D, its columns of a times its rows of b."""
+    # A rank among expert-parallel ones may get no token. A GPU's kernel refuses what has no rows to sum over.
+    if b.dim() == 2 and not len(b):
+        return a.new_zeros(len(ends_E), len(a), b.size(1))
     return functional.grouped_mm(a, b, offs=ends_E)

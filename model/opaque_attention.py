@@ -1,7 +1,8 @@
-"""`BlockwiseAttention` as one operator of torch's, for torch.compile.
+"""`BlockwiseAttention` as one operator of torch's, for torch.compile and for selective checkpointing.
 
 Traced into, its loops over blocks would be unrolled into code that takes minutes to compile and is slower than the
 libraries' products and softmax, and where documents begin would be constants of that code, other ones in each batch.
+Whoever keeps the results of products for backward would keep its scores.
 """
 
 from typing import Any

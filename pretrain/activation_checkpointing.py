@@ -31,7 +31,7 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.higher_order.flex_attention,
-    OPERATOR,  # a processor's, in a compiled block
+    OPERATOR,  # a processor's
 }
 
 

@@ -10,9 +10,11 @@ of its tokens. Kept by a block that recomputes nothing, in bytes a token of a ra
     each of the two norms    b D + 4, its input and the inverse root mean square
     the norms' outputs       2 b D, what the projections of attention and of the MLP take
     qk-norm, if there is     as the norms, with (H + K) h in place of D, and 4 (H + K)
-    attention                b (2 H + 2 K) h + 4 H: q and k rotated, v, the result, and a logarithm of a sum a head
+    attention                b (2 H + 2 K) h + 4 H: q and k rotated, v, the result, and a logarithm of a sum a head,
+                             which a processor in 16 bits computes again
     SwiGLU                   3 b F: gate, up, and silu(gate) up, which the last projection takes
-    mask, if there is        b times the tokens of a sequence: attention makes a bias of it in each block
+    mask, if there is        on a processor in fp32 4 times the tokens of a sequence: attention makes a bias of it in
+                             each block; elsewhere documents take no memory to speak of
 
 Experts are not split by T: the tensor ranks take different tokens to them. A layer of experts keeps its input, b D; the
 logits and scores of the router, 8 E, and 16 for each of its k choices; 2 b F, gate and up, and 12 of each slot, which
@@ -41,8 +43,8 @@ class Work:
 
     tokens: N, of the micro-batch, before sequence parallelism splits it.   sequence_length: tokens of one sequence.
     element_bytes: b.     tensor, sequence: T and S.     expert: ranks that share out the experts.
-    fused: a GPU's kernels, which convert an operand on the way in. Elsewhere adding 16 bits to fp32 makes an fp32 copy
-        first.
+    fused: a GPU's kernels (`pretrain/kernels.py`), which also convert an operand on the way in. Elsewhere adding 16
+        bits to fp32 makes an fp32 copy first.
     """
 
     tokens: int
@@ -139,13 +141,13 @@ def _attention(config: ModelConfig, work: Work) -> _Part:
     # Ulysses repeats key and value heads until each rank gets an equal share, of all tokens.
     repeated = kv_heads * (work.sequence // math.gcd(work.sequence, kv_heads))
     projected, attended = n * (heads + 2 * kv_heads) * h, n * heads * h
-    softmax = FP32 * n * heads
+    softmax = FP32 * n * heads if work.fused or b == FP32 else 0
     everything = b * n * D + b * (2 * attended + 2 * n * repeated * h) + softmax
     if work.sequence > 1:
         everything += b * attended  # the result, given back to the ranks of its tokens
     if config.qk_norm:
         everything += sum(_norm(n * count, h, b) for count in (heads, kv_heads))
-    if config.document_mask:
+    if config.document_mask and b == FP32 and not work.fused:
         everything += b * work.tokens * work.sequence_length
     result = b * attended + softmax
     return _Part(everything, b * projected + result + b * n * D, result)

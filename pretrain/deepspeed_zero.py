@@ -133,6 +133,31 @@ def build(model: nn.Module, optimizer: Any, config: dict[str, Any], unit: ModelP
     )
 
 
+def sum_where_alone(engine: Engine) -> None:
+    """At stages 1 and 2, where no other rank has this one's parameters, add gradients to their fp32 sums at once.
+
+    DeepSpeed would copy them to fp32, into a bucket, divide them by one, reduce the bucket over one rank, add it to the
+    sums and copy it back: five passes over all gradients, and twice their memory.
+    """
+    zero = engine.optimizer
+    if (
+        engine.zero_optimization_stage() not in (1, 2)
+        or zero.cpu_offload
+        or any(dist.get_world_size(group) > 1 for group in zero.real_dp_process_group)
+        or not all(zero._use_compact_grad_partition_buffer(index) for index in range(len(zero.bit16_groups)))
+    ):
+        return
+
+    def add(parameter: nn.Parameter, group: int) -> None:
+        if parameter.grad is not None:
+            sums = zero._get_compact_grad_partition_slice(group, 0, zero.get_param_id(parameter), parameter.numel())
+            sums.add_(parameter.grad.view(-1))
+            parameter.grad = None
+
+    zero.process_gradients = add
+    zero.reduce_ipg_grads = lambda comm_dtype=None: None
+
+
 class Fragment(NamedTuple):
     """`numel` values of a parameter that this rank owns: from `begin` on in the rank's shard of it, from `at` on in
     the flat `master`, which the optimizer updates as (a part of) its `group`."""

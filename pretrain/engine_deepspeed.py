@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         deepspeed_zero.replace_clipping(
             self.engine, self._scaled_grad_norm, lambda: self._shrink, self._skips_sound_gradient
         )
+        deepspeed_zero.sum_where_alone(self.engine)
         deepspeed_zero.forget_first_step(self.engine)
         if isinstance(optimizer, Muon):
             optimizer.orthogonalizer = self._sharded_orthogonalizer()

@@ -11,7 +11,7 @@ import ctypes
 # <malloc.h>
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 GROWTH_BYTES = 64 << 20
-NEVER = 2**31 - 1
+NEVER = -1
 
 
 def keep_freed_memory() -> bool:

@@ -26,21 +26,26 @@ from model.loss import SoftmaxLoss, softmax_loss
 from model.norm import RMSNorm, rms_norm, rms_norm_in_pieces
 from model.opaque_attention import OpaqueBlockwiseAttention
 from model.rope import rotate, rotate_in_pieces
+from pretrain.compile import MOST_VERSIONS
+from pretrain.config import ParallelConfig
 from pretrain.device import is_processor
 
 
-def apply_kernels(decoder: Decoder, device: torch.device, compiled: bool = False) -> None:
+def apply_kernels(decoder: Decoder, device: torch.device, parallel: ParallelConfig = ParallelConfig()) -> None:
     """Give a decoder the kernels for a device, before anything hooks its modules (tensor and sequence parallelism).
 
-    compiled: whether its blocks will be. The compiler fuses plain operations itself, and loops only get in its way.
+    parallel: what will be done to its blocks, by default nothing. Compiled, they want plain operations, which the
+        compiler fuses itself, and no loops in its way. And selective checkpointing keeps the results of products: those
+        inside attention are scores of all pairs, so it is shown attention as one operation.
     """
+    shown_whole = parallel.compile or parallel.activation_checkpointing == "selective"
     core: Callable[[], CausalAttention] = CausalAttention
     if is_processor(device):
-        core = OpaqueBlockwiseAttention if compiled else BlockwiseAttention
+        core = OpaqueBlockwiseAttention if shown_whole else BlockwiseAttention
         decoder.document_mask = document_spans
     elif decoder.config.document_mask:
-        core, decoder.document_mask = partial(FlexAttention, compiled_kernel()), document_blocks
-    in_pieces = is_processor(device) and not compiled
+        core, decoder.document_mask = partial(FlexAttention, compiled_kernel(MOST_VERSIONS)), document_blocks
+    in_pieces = is_processor(device) and not parallel.compile
     for module in list(decoder.modules()):
         if isinstance(module, RMSNorm):
             module.function = rms_norm_in_pieces if in_pieces else rms_norm

@@ -149,6 +149,15 @@ def _comings_and_goings(
     accumulates = micro_batches(config, batch.global_batch_size, layout.data) > 1
     before = gradients if accumulates or stage == 3 else 0
 
+    alone = all(len(layout.group_of(0, axis)) == 1 for axis in ("token", "expert_data"))
+    if alone and stage in (1, 2) and b < FP32 and parallel.offload_optimizer == "none":
+        # Nothing is reduced: `deepspeed_zero.sum_where_alone`.
+        return [
+            ("loss", before, kept, loss_bytes(config.model, work)),
+            ("backward", gradients, kept + recomputed, (b + FP32) * held.head),
+            ("step", gradients, 0, 0),
+        ]
+
     # Gradients are staged in a bucket, and flattened once more to be reduced, stages 1 and 2 converting them then.
     staged_bytes = {0: FP32, 1: FP32, 2: b, 3: on_the_way}[stage]
     turns = 2 if stage in (1, 2) and zero["overlap_comm"] else 1  # stages 1 and 2 fill one bucket while one is reduced

@@ -62,7 +62,7 @@ def parallelize(
     for name, buffer in list(decoder.named_buffers()):
         module, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(module), attribute, torch.zeros_like(buffer, device=device))
-    apply_kernels(decoder, device, config.parallel.compile)
+    apply_kernels(decoder, device, config.parallel)
     if dims.layout.tensor > 1:
         apply_tensor_parallelism(decoder, dims)
     if dims.layout.expert > 1:

@@ -82,7 +82,8 @@ def in_words(facts: dict[str, Any], folder: str) -> str:
     device = "device s" if any(region["device_ns"] is not None for region in facts["regions"].values()) else ""
     return "\n".join(
         [
-            f"profile of steps {first} to {last}, rank 0 of {facts['ranks']}, on {facts['device']}: {folder}",
+            f"profile of steps {first} to {last}, rank {facts['rank']} of {facts['ranks']}, on {facts['device']}: "
+            f"{folder}",
             Row("region", "", "s a step", "%", device).line(),
             *(row.line() for row in region_rows(facts)),
             Row("operator, without those that it calls", "calls", "s a step", "%", device).line(),

@@ -19,10 +19,7 @@ from pretrain.regions import REGIONS, SPAN, Region, RegionClock, untimed
 from pretrain.run_dir import RunDir, write_json
 
 TOP_OPERATORS = 10
-NOT_OF_TRAINING: tuple[Region, ...] = (
-    "checkpoint",
-    "validation",
-)  # regions that are no part of what MFU is measured over
+NOT_OF_TRAINING: tuple[Region, ...] = ("checkpoint", "validation")  # MFU is not measured over these
 
 
 class Profiler(Protocol):
@@ -71,7 +68,6 @@ class StepProfiler:
         self._after = WARM_UP_STEPS + request.steps + 1  # of the steps that begin, the first that is not profiled again
         self._clock = RegionClock(engine.device)
         self._engine_timed = ExitStack()
-        self._trace = torch.profiler.profile(activities=torch.profiler.supported_activities())
 
     def begin(self, step: int) -> None:
         """See Profiler."""
@@ -95,6 +91,7 @@ class StepProfiler:
             self._finish()
 
     def _start(self) -> None:
+        self._trace = torch.profiler.profile(activities=torch.profiler.supported_activities())
         self._trace.start()
         self._engine_timed.enter_context(self.engine.timed(self._clock))
         self._tokens, self._flops = self.meter.tokens, self.meter.flops
@@ -117,6 +114,7 @@ class StepProfiler:
                 write_json(folder / "regions.json", facts)
         except OSError as error:
             say += f"\nthe profile could not be written: {error}"
+        del self._trace  # every operator of these steps: the run goes on without
         print(say, flush=True)  # into this rank's log
         self.recorder.event("profile", say, step=facts["steps"][0]["step"], path=str(folder))
 
@@ -130,6 +128,7 @@ class StepProfiler:
             by_region[region] = {"host_ns": host_ns, "device_ns": sum(on_device) if on_device else None}
         return {
             "device": device_name(self.engine.device),
+            "rank": self.dims.rank,
             "ranks": self.dims.layout.world,
             "steps": [asdict(step) for step in steps],
             "regions": by_region,

@@ -11,7 +11,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-hypothesis.settings.register_profile("steppe", deadline=None)  # a slow machine is no counterexample
+# A slow machine is no counterexample.
+hypothesis.settings.register_profile("steppe", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("steppe")
 
 Steppe = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -16,6 +16,7 @@ def made_up_profile(first: int, on_device: bool = False) -> dict[str, Any]:
     device = regions(1) if on_device else dict.fromkeys(REGIONS)
     return {
         "device": "made up",
+        "rank": 0,
         "ranks": 4,
         "steps": steps,
         "regions": {name: {"host_ns": ns, "device_ns": device[name]} for name, ns in regions(2).items()},

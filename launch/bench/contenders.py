@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 CONTENDERS = {
-    "steppe": "this package: DeepSpeed, ZeRO 1; bf16 weights and gradients, fp32 masters and AdamW states (fused)",
+    "steppe": "this package: DeepSpeed; bf16 weights and gradients, fp32 masters and AdamW states (fused)",
     "steppe-compiled": "steppe with parallel.compile",
     "bare": "steppe's own model, kernels and optimizer in a plain loop without DeepSpeed",
     "steppe-dense": "steppe without experts, as wide in each layer as what a token meets",
@@ -52,8 +52,11 @@ def peers_of(model: "ModelConfig", asked: str, nanogpt: Path | None = None) -> t
     asked: families or contenders, separated by commas; if empty all that there are here for such a model.
     nanogpt: a clone of it.
 
-    Raises ValueError for one that there is not, or that is asked for and cannot take part, with the remedy.
+    Raises ValueError for one that there is not, or that is asked for and cannot take part, with the remedy; and for a
+    folder that is no clone.
     """
+    if nanogpt is not None and not (nanogpt / "model.py").is_file():
+        raise ValueError(f"--nanogpt {nanogpt} has no model.py: name the folder of a clone of karpathy/nanoGPT")
     names: list[str] = []
     for word in filter(None, (word.strip() for word in asked.split(","))):
         if word not in FAMILIES and word not in sum(FAMILIES.values(), ()):
@@ -76,6 +79,8 @@ def _obstacle(name: str, model: "ModelConfig", nanogpt: Path | None) -> str | No
     """Why a contender cannot take part, with the remedy; None if it can."""
     if name == DENSE:
         return None if model.moe is not None else "it is for a recipe with experts, and this one has none: leave it out"
+    if name.endswith("-compiled") and _no_compiler():
+        return "it needs a C++ compiler, and this machine has none: install g++ or name one in CXX"
     family = name.partition("-")[0]
     if family == "transformers":
         return _obstacle_to_transformers(name, model)
@@ -87,32 +92,40 @@ def _obstacle(name: str, model: "ModelConfig", nanogpt: Path | None) -> str | No
     if family == "nanogpt":
         if nanogpt is None:
             return "it is not a package: clone karpathy/nanoGPT and name the folder, --nanogpt FOLDER"
-        if not (nanogpt / "model.py").is_file():
-            return f"--nanogpt {nanogpt} has no model.py: name the folder of a clone of karpathy/nanoGPT"
         if model.moe is not None:
             return "it has no experts: leave it out"
     return None
 
 
-def _obstacle_to_transformers(name: str, model: "ModelConfig") -> str | None:
+def _no_compiler() -> bool:
+    from pretrain.compile import check_compiler
+
     try:
-        check_transformers(model)
+        check_compiler()
+    except ValueError:
+        return True
+    return False
+
+
+def _obstacle_to_transformers(name: str, model: "ModelConfig") -> str | None:
+    remedy = f"compare with --peers bare,{DENSE}" if model.moe is not None else "choose another recipe"
+    try:
+        check_transformers(model, remedy)
     except ValueError as error:
-        remedy = f"compare with --peers bare,{DENSE}" if model.moe is not None else "choose another recipe"
-        return f"{error}; {remedy}"
+        return str(error)
     if name.endswith("-compiled") and model.moe is not None:
         return "its experts are not compiled here: leave it out"
     return None
 
 
-def check_transformers(model: "ModelConfig") -> None:
-    """Raise ValueError unless transformers has a model of this shape."""
+def check_transformers(model: "ModelConfig", remedy: str) -> None:
+    """Raise ValueError, which ends with the remedy, unless transformers has a model of this shape."""
     from pretrain.hf import config_to_hf
 
     try:
         config_to_hf(model)
     except ValueError as error:
-        raise ValueError(f"transformers has no model to compare with: {error}") from error
+        raise ValueError(f"transformers has no model to compare with: {error}; {remedy}") from error
 
 
 class Saver(NamedTuple):

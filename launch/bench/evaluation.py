@@ -176,7 +176,7 @@ def recipe_folder(recipe: str, texts: Sequence[str], window: int, out: Path) -> 
         "evaluation={every_steps: 0}",
     ]
     config = load_config(recipe_path(recipe), overrides)
-    check_transformers(config.model)
+    check_transformers(config.model, "choose another recipe")
     out.mkdir()
     tokenizer = out.parent / "tokenizer.model"
     say(f"training a tokenizer of {config.model.vocab_size:,} pieces")

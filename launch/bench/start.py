@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch.bench.data_tables import below, in_words, print_part, say
 from launch.bench.turns import Contender, Guest, Spread, ratios, take_turns
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 HELP_SECONDS = 0.3
 FIRST_STEP_SECONDS = 15.0
@@ -30,7 +34,7 @@ PHASES = {
 
 
 def start(
-    recipe: Annotated[str, typer.Option(help="Of the first step: forward, backward and update of it.")] = "58m",
+    recipe: Annotated[str, typer.Option(help="The recipe whose first step is timed.")] = "58m",
     resumed: Annotated[str, typer.Option(help="The recipe whose checkpoint is loaded.")] = "125m",
     ranks: Annotated[int, typer.Option(min=1, help="Ranks of the first step, on this machine.")] = 2,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of each; one more before them warms up.")] = 5,
@@ -66,6 +70,11 @@ def run(
             raise ValueError(f"--part {part} is none of {', '.join(PARTS)}: name one of those")
     if not folder.is_dir():
         raise ValueError(f"--dir {folder} is no folder: make it first, or name another")
+    # What is wrong with a recipe is said before anything is measured.
+    if "first-step" in parts:
+        _settings(recipe, ranks, overrides, folder)
+    if "resume" in parts:
+        _resumed(resumed, overrides)
     result: dict[str, Any] = {"rounds": rounds, "cores": len(os.sched_getaffinity(0))}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="steppe-bench-", dir=folder))).resolve()
@@ -130,18 +139,9 @@ def _first_steps(recipe: str, ranks: int, rounds: int, overrides: list[str], scr
 
 def _first_step(recipe: str, ranks: int, overrides: list[str], data: Path, folder: Path) -> dict[str, float]:
     """The phases of a run of one step, in seconds."""
-    from launch.run_folder import recipe_path
-    from pretrain.layout import Layout
-    from pretrain.recipe import load_config
     from pretrain.run_dir import RunDir, read_events
 
-    # Of the shortest step that uses every rank: one micro-batch each.
-    source = f"data.sources=[{{name: text, path: {json.dumps(str(data))}}}]"
-    settings = [source, "evaluation.every_steps=0", *overrides]
-    config = load_config(recipe_path(recipe), settings)
-    batch = config.batch.micro_batch_size * Layout.of(config, ranks).data
-    settings += [f"batch.global_batch_size={batch}", "batch.ramp=[]"]
-    words = [word for setting in settings for word in ("--set", setting)]
+    words = [word for setting in _settings(recipe, ranks, overrides, data) for word in ("--set", setting)]
     began = time.time()
     _steppe(["train", recipe, "--nproc", str(ranks), "--run-dir", str(folder), "--stop-after", "1", *words])
     run = RunDir(folder)
@@ -151,20 +151,31 @@ def _first_step(recipe: str, ranks: int, overrides: list[str], data: Path, folde
         run.config_path.stat().st_mtime,
         *(events[kind] for kind in ("environment", "start", "stage", "step")),
     ]
+    shutil.rmtree(folder)  # it holds a checkpoint
     return {name: end - start for name, start, end in zip(PHASES, marks[:-1], marks[1:], strict=True)}
 
 
-def _resumes(recipe: str, rounds: int, overrides: list[str], scratch: Path) -> dict[str, Any]:
+def _settings(recipe: str, ranks: int, overrides: list[str], data: Path) -> list[str]:
+    """What to set of a recipe for the shortest step that uses every rank: one micro-batch each.
+
+    Raises ValueError if there is no such recipe, or none that runs so.
+    """
     from launch.run_folder import recipe_path
     from pretrain.layout import check_layout
     from pretrain.recipe import load_config
 
-    config = load_config(recipe_path(recipe), ["data={sources: [{name: random, path: none}]}", *overrides])
-    single = config.batch.model_copy(update={"global_batch_size": config.batch.micro_batch_size, "ramp": ()})
-    config = config.model_copy(update={"batch": single})
-    check_layout(config, 1)
+    source = f"data.sources=[{{name: text, path: {json.dumps(str(data))}}}]"
+    settings = [source, "evaluation.every_steps=0", *overrides]
+    config = load_config(recipe_path(recipe), settings)
+    batch = config.batch.micro_batch_size * max(1, ranks // config.parallel.ranks_per_sample)
+    settings += [f"batch.global_batch_size={batch}", "batch.ramp=[]"]
+    check_layout(load_config(recipe_path(recipe), settings), ranks)
+    return settings
+
+
+def _resumes(recipe: str, rounds: int, overrides: list[str], scratch: Path) -> dict[str, Any]:
     path = scratch / "config.json"
-    path.write_text(config.model_dump_json(), encoding="utf-8")
+    path.write_text(_resumed(recipe, overrides).model_dump_json(), encoding="utf-8")
     say(f"building {recipe} and saving it")
     with Contender(
         "resume", "launch.bench.start_contender", [str(path), str(scratch)], len(os.sched_getaffinity(0))
@@ -183,6 +194,19 @@ def _resumes(recipe: str, rounds: int, overrides: list[str], scratch: Path) -> d
         "by_round": seconds,
         "targets": [below("seconds of loading / of reading and hashing", LOAD_OF_READ, ratio)],
     }
+
+
+def _resumed(recipe: str, overrides: list[str]) -> "RunConfig":
+    """The config of what is loaded, on one rank. Raises ValueError if there is no such recipe, or none that runs so."""
+    from launch.run_folder import recipe_path
+    from pretrain.layout import check_layout
+    from pretrain.recipe import load_config
+
+    config = load_config(recipe_path(recipe), ["data={sources: [{name: random, path: none}]}", *overrides])
+    single = config.batch.model_copy(update={"global_batch_size": config.batch.micro_batch_size, "ramp": ()})
+    config = config.model_copy(update={"batch": single})
+    check_layout(config, 1)
+    return config
 
 
 # ----------------------------------------------------------------------------------------------------- helpers

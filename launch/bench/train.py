@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.bench.contenders import CONTENDERS, DENSE, EAGER, FAMILIES, GET_LITGPT, OWN_WEIGHTS, peers_of
+from launch.bench.data_tables import say
 
 if TYPE_CHECKING:
     from launch.bench.turns import Contender
@@ -48,7 +48,7 @@ def train(
     ranks: Annotated[
         int, typer.Option(min=1, help="Above 1: Steppe on so many ranks beside itself on one, without peers.")
     ] = 1,
-    zero_stage: Annotated[int, typer.Option(min=0, max=3, help="ZeRO's stage.")] = 1,
+    zero_stage: Annotated[int, typer.Option(min=1, max=3, help="ZeRO's stage.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Tokens/s and peak memory of training on this machine, in turn with peers on the same work, with a bare loop, and
@@ -85,6 +85,7 @@ def bench_config(
 
     fixed: dict[str, Any] = {
         "precision": "bf16",
+        "deterministic": False,
         "model.document_mask": False,
         "parallel.zero_stage": zero_stage,
         "parallel.tensor": 1,
@@ -124,13 +125,18 @@ def run(
     nanogpt: Path | None = None,
     keep_memory: bool = False,
 ) -> dict[str, Any]:
-    """Measure; returns what `--json` prints. Raises ValueError for a peer that is unknown or cannot take part;
-    RuntimeError if one does other work than ours."""
+    """Measure; returns what `--json` prints. Raises ValueError for a peer that is unknown or cannot take part,
+    or for another optimizer than theirs; RuntimeError if one does other work than ours."""
     from launch.bench.dense_counterpart import dense_counterpart
     from launch.bench.train_job import Job
     from launch.bench.turns import Contender, Spread, ratios, take_turns
     from model.accounting import parameter_counts
 
+    if config.optimizer.name != "adamw":
+        raise ValueError(
+            f"optimizer.name={config.optimizer.name}: the peers and the limit are of adamw: set that, or compare "
+            "Steppe with itself (--ranks)"
+        )
     names, left_out = peers_of(config.model, peers, nanogpt)
     for name, why in left_out.items():
         say(f"without {name}: {why}")
@@ -230,8 +236,3 @@ def check_same_work(first_losses: dict[str, float]) -> None:
                 f"{name} has a loss of {loss:.4f} at its first step, {ours} one of {expected:.4f}: it is not the same "
                 "work, and its speed says nothing"
             )
-
-
-def say(text: str) -> None:
-    """Tell on stderr what is being done."""
-    print(f"bench: {text}", file=sys.stderr, flush=True)

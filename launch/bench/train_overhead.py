@@ -10,6 +10,7 @@ def operator_costs(run_steps: Callable[[int], object], steps: int) -> dict[str, 
     """`seconds` and `calls` a step of each operator, its own time without that of those it calls, on the device where
     there is one; from torch's profiler, after one step without it."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import profile, supported_activities
 
     run_steps(1)
@@ -22,6 +23,7 @@ def operator_costs(run_steps: Callable[[int], object], steps: int) -> dict[str, 
             "calls": event.count / steps,
         }
         for event in profiler.key_averages()
+        if event.device_type == DeviceType.CPU  # a kernel's time is its operator's already
     }
 
 

@@ -27,7 +27,8 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
 
     config: of all ranks together. Raises ValueError if there is not a core for each.
     """
-    from launch.bench.train import UNMEASURED_STEPS, WARM_UP_STEPS, say
+    from launch.bench.data_tables import say
+    from launch.bench.train import UNMEASURED_STEPS, WARM_UP_STEPS
     from launch.bench.train_job import Job
     from launch.bench.turns import Contender, Place, Spread, Team, free_port, ratios, take_turns
 
@@ -64,6 +65,7 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
             {"steps": steps, "unmeasured": UNMEASURED_STEPS},
             lambda name, number: say(f"round {number + 1}/{rounds}: {name}"),
         )
+    warm_up["one-share"] = warm_up["apart"]  # whose process it shares, and so its first step
     tokens = config.data.sequence_length * config.batch.micro_batch_size * steps
     speeds = {
         name: [len(turn["members"]) * tokens / max(rank["seconds"] for rank in turn["members"]) for turn in turns]

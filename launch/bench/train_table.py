@@ -1,6 +1,5 @@
 """What `steppe bench train` prints."""
 
-import sys
 from typing import Any
 
 from rich import box
@@ -10,7 +9,7 @@ from rich.table import Table
 from launch.bench.contenders import EAGER
 from launch.bench.turns import Spread
 
-WIDTH = 120
+WIDEST = 1000
 
 
 def table_of(title: str, first: str, headers: tuple[str, ...]) -> Table:
@@ -23,8 +22,9 @@ def table_of(title: str, first: str, headers: tuple[str, ...]) -> Table:
 
 
 def console() -> Console:
-    """Stdout, at the width of the documentation's tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+    """Stdout, for tables as wide as they need to be: a terminal that is narrower breaks their lines, and no digit is
+    lost."""
+    return Console(width=WIDEST)
 
 
 def print_lines(to: Console, lines: list[str]) -> None:
@@ -37,7 +37,7 @@ def print_table(result: dict[str, Any]) -> None:
     """The speeds, what each contender is, the limit's parts and DeepSpeed's overhead."""
     table = table_of(
         f"{result['recipe']}: sequences of {result['sequence_length']}, {result['micro_batch_size']} a step, "
-        f"{result['threads']} threads, torch {result['torch']}",
+        f"ZeRO {result['zero_stage']}, {result['threads']} threads, torch {result['torch']}",
         "contender",
         ("tokens/s", "min to max", "steppe / it", "min to max", "GB", "of eager", "first loss"),
     )

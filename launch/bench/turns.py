@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -78,7 +79,8 @@ class Contender:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended before it read the last question
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -104,8 +106,9 @@ class Contender:
     def put(self, **question: Any) -> None:
         """Ask without waiting for the answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # who waits for the answer is told why there is none
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
 
 
 @dataclass(frozen=True)

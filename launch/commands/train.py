@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pretrain.profile_request import WARM_UP_STEPS, ProfileRequest
 from pretrain.run_dir import RunDir
 
 if TYPE_CHECKING:
     from pretrain.outcome import Outcome
-    from pretrain.profile_request import ProfileRequest
 
 Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key; VALUE is YAML. May be repeated.")
@@ -20,11 +20,14 @@ StopAfter = Annotated[
 ]
 Profile = Annotated[
     int | None,
-    typer.Option(metavar="STEPS", help="Profile so many steps, after the first 3: a table, and a trace for Chrome."),
+    typer.Option(
+        metavar="STEPS",
+        help=f"Profile so many steps, after the first {WARM_UP_STEPS}: a table, and a trace for Chrome.",
+    ),
 ]
 ProfileRank = Annotated[
     list[int] | None,
-    typer.Option(metavar="RANK", help="Write the trace of this rank; may be repeated [default: 0]."),
+    typer.Option(metavar="RANK", help="To profile: a rank whose trace is written; may be repeated [default: 0]."),
 ]
 
 
@@ -103,14 +106,12 @@ def resume(
     report(go_on(run_dir, overrides, allow, nproc, stop_after, to_profile), run_dir)
 
 
-def profile_request(steps: int | None, ranks: list[int] | None) -> "ProfileRequest | None":
+def profile_request(steps: int | None, ranks: list[int] | None) -> ProfileRequest | None:
     """What is asked to be profiled. Raises ValueError if only ranks are given."""
     if steps is None:
         if ranks:
             raise ValueError(f"--profile-rank {ranks[0]} does not go without --profile: add it, or leave this out")
         return None
-    from pretrain.profile_request import ProfileRequest
-
     return ProfileRequest(steps, tuple(ranks or [0]))
 
 

@@ -135,6 +135,10 @@ class RankFile:
     def close(self) -> None:
         os.close(self._handle)
 
+    def release(self) -> None:
+        """Let go of the memory that `read` and `rows` hand out: hundreds of files may be open at a time."""
+        self._buffer = bytearray()
+
     def start_of(self, key: str, size: Index) -> int:
         """Where a tensor begins among the values. Raises DamagedError unless it is there, in fp32, of this size."""
         entry = self.entries.get(key)

@@ -90,6 +90,7 @@ class CheckpointReader:
             reads.sort(key=lambda read: read[:2])  # onwards through the file
             for _, key, kind, copy in reads:
                 _copy_rows(file, key, copy, copy.piece.views[kind])
+            file.release()
 
     def tensor(self, name: str, kind: str = "fp32") -> Tensor:
         """A logical tensor, whole, fp32 on the CPU. Raises as `fill` does."""

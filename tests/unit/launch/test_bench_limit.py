@@ -30,7 +30,7 @@ def test_each_part_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_limit, "LEAST_SECONDS", 0)
     parts = seconds_of_parts(config_of({"num_kv_heads": 2}, "bf16"), torch.device("cpu"))
     assert list(parts) == ["matrix products", "attention", "adamw"]
-    assert all(0 < seconds < 1 for seconds in parts.values())
+    assert all(seconds > 0 for seconds in parts.values())
 
 
 def test_the_best_of_several_runs_counts(monkeypatch: pytest.MonkeyPatch) -> None:

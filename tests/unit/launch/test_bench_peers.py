@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor import config as inductor
 
 from launch.bench import contenders
 from launch.bench.bare_loop import bare_step
@@ -127,14 +128,24 @@ def test_a_peer_that_is_not_there_is_refused_with_its_remedy(tmp_path: Path, mon
     monkeypatch.setattr(contenders, "LITGPT_NEEDS", ("no_such_package",))
     with pytest.raises(ValueError, match="--peers litgpt: litgpt is not installed here: pip install --no-deps litgpt"):
         peers_of(DENSE, "bare,litgpt")
-    with pytest.raises(ValueError, match="--nanogpt .* has no model.py: name the folder of a clone"):
-        peers_of(DENSE, "nanogpt", tmp_path)
+    for asked in ("nanogpt", "bare", ""):
+        with pytest.raises(ValueError, match="--nanogpt .* has no model.py: name the folder of a clone"):
+            peers_of(DENSE, asked, tmp_path)
+
+
+def test_without_a_compiler_nothing_is_compiled(clone: Path) -> None:
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
+        names, left_out = peers_of(DENSE, "bare,transformers,nanogpt", clone)[0], peers_of(DENSE, "")[1]
+        with pytest.raises(ValueError, match=r"--peers steppe-compiled: it needs a C\+\+ compiler, .*: install g\+\+"):
+            peers_of(DENSE, "steppe-compiled")
+    assert names == ["bare", "transformers-mixed", "transformers-bf16", "nanogpt-mixed"]
+    assert "steppe-compiled" in left_out
 
 
 def test_a_shape_that_transformers_has_not_is_refused() -> None:
-    check_transformers(SPARSE)
-    with pytest.raises(ValueError, match="transformers has no model to compare with: .*shared_experts 1"):
-        check_transformers(SPARSE.model_copy(update={"moe": EXPERTS_OF_OUR_OWN}))
+    check_transformers(SPARSE, "leave it")
+    with pytest.raises(ValueError, match="transformers has no model to compare with: .*shared_experts 1.*; leave it"):
+        check_transformers(SPARSE.model_copy(update={"moe": EXPERTS_OF_OUR_OWN}), "leave it")
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -45,3 +45,9 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
         run("58m", "58m", 1, 1, ["nosuch"], tmp_path, [])
     with pytest.raises(ValueError, match="nowhere is no folder: make it first"):
         run("58m", "58m", 1, 1, ["commands"], tmp_path / "nowhere", [])
+    for recipes in (("nosuch", "58m"), ("58m", "nosuch")):
+        with pytest.raises(ValueError, match="nosuch"):
+            run(*recipes, 1, 1, list(PARTS), tmp_path, [])
+    with pytest.raises(ValueError, match="parallel.tensor=2 .* does not divide 3 ranks"):
+        run("58m", "58m", 3, 1, ["first-step"], tmp_path, ["parallel.tensor=2"])
+    assert list(tmp_path.iterdir()) == []

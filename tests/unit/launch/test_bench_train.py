@@ -1,6 +1,7 @@
 """`steppe bench train`: contenders that do the same work, in turn, and what is said of them."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from launch.bench.app import app
 from launch.bench.dense_counterpart import dense_counterpart
 from launch.bench.train import bench_config, check_same_work, run
 from launch.bench.train_ranks import print_ranks, run_ranks
-from launch.bench.train_table import print_table
+from launch.bench.train_table import console, print_table, table_of
 from launch.bench.transformers_peer import EXPERTS, build_model
 from launch.bench.turns import Contender, Place, Spread, Team, ratios, take_turns
 from model.accounting import parameter_counts
@@ -96,6 +97,7 @@ def test_experts_run_beside_a_dense_model_and_transformers(moe_recipe: str) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="each rank needs a core")
 def test_ranks_are_compared_with_one_alone_and_with_ranks_apart(recipe: str) -> None:
     words = ["train", "--recipe", recipe, "--rounds", "2", "--steps", "2", "--ranks", "2", "--zero-stage", "2"]
     found = CliRunner().invoke(app, [*words, "--micro-batch-size", "4", "--sequence-length", "64", "--json"])
@@ -110,6 +112,7 @@ def test_ranks_are_compared_with_one_alone_and_with_ranks_apart(recipe: str) -> 
     # The same batches, whatever the threads; two ranks have another rank's targets besides.
     alone = settings["one-all"]["loss_at_first_step"]
     assert settings["apart"]["loss_at_first_step"] == pytest.approx(alone, rel=1e-4)
+    assert settings["one-share"]["loss_at_first_step"] == settings["apart"]["loss_at_first_step"]
     assert settings["ranks"]["loss_at_first_step"] != alone
     assert settings["ranks"]["loss_at_first_step"] == pytest.approx(alone, rel=0.01)
     print_ranks(result)
@@ -174,9 +177,20 @@ def test_what_all_have_in_common_is_not_overridden(recipe: str) -> None:
     config = bench_config(recipe, 16, 4, ["model.num_layers=3", "parallel.compile=true"], zero_stage=2, ranks=2)
     assert (config.model.num_layers, config.parallel.compile, config.parallel.zero_stage) == (3, True, 2)
     assert (config.data.sequence_length, config.batch.global_batch_size, config.batch.micro_batch_size) == (16, 8, 4)
-    for override in ("precision=fp32", "data.sequence_length=32", "batch.micro_batch_size=2", "parallel.zero_stage=3"):
+    for override in (
+        "precision=fp32",
+        "deterministic=True",
+        "data.sequence_length=32",
+        "batch.micro_batch_size=2",
+        "parallel.zero_stage=3",
+    ):
         with pytest.raises(ValueError, match=f"--set {override}: what is measured has .*; leave it out"):
             bench_config(recipe, 16, 4, [override])
+
+
+def test_another_optimizer_is_not_compared(recipe: str) -> None:
+    with pytest.raises(ValueError, match="optimizer.name=muon: the peers and the limit are of adamw: set that"):
+        run(recipe, bench_config(recipe, 8, 1, ["optimizer.name=muon"]), rounds=1, steps=1)
 
 
 def test_ranks_have_no_peers_and_a_core_each(recipe: str) -> None:
@@ -185,6 +199,15 @@ def test_ranks_have_no_peers_and_a_core_each(recipe: str) -> None:
     assert "--ranks 2 compares Steppe with itself: leave out --peers" in str(found.exception)
     with pytest.raises(ValueError, match=r"--ranks 5000: this process may use \d+ cores, and each rank needs one"):
         run_ranks(recipe, bench_config(recipe, 8, 1, ranks=5000), 5000, 1, 1)
+
+
+def test_a_table_loses_no_digit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal of any width."""
+    monkeypatch.setenv("COLUMNS", "80")
+    table = table_of("speeds", "contender", ("tokens/s", "min to max") * 3)
+    table.add_row("transformers-mixed-compiled", *("1,234,567", "1,234,000 to 1,235,000") * 3)
+    console().print(table)
+    assert capsys.readouterr().out.count("1,234,000 to 1,235,000") == 3
 
 
 def test_other_work_is_not_reported() -> None:
@@ -200,6 +223,16 @@ def test_a_contender_that_ends_says_why(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match=r"steppe ended with code 1: .*no_such_module"),
     ):
         contender.built()
+
+
+def test_a_contender_that_is_gone_says_why(tmp_path: Path) -> None:
+    """Also if it ended between two questions, as one does that is killed for its memory."""
+    (tmp_path / "first.json").write_text("{}")
+    with Contender("steppe", "json.tool", ["--compact", str(tmp_path / "first.json")], threads=1) as contender:
+        assert contender.built() == {}
+        contender._process.wait()
+        with pytest.raises(RuntimeError, match="steppe ended with code 0"):
+            contender.ask(steps=1)
 
 
 class Recorded:

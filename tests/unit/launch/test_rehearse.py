@@ -38,6 +38,7 @@ def report(config: RunConfig, world: int, *stages: Stage, has_data: bool = False
         ({"as_json": True}, "--json does not go without --rehearse"),
         ({"rehearse": True, "nproc": 2}, "--nproc does not go with --rehearse"),
         ({"rehearse": True, "stop_after": 2}, "--stop-after does not go with --rehearse"),
+        ({"profile_rank": [1]}, "--profile-rank 1 does not go without --profile"),
         ({"rehearse": True, "profile": 2}, "--profile does not go with --rehearse"),
         ({"rehearse": True, "ranks": 2, "nodes": 1}, "--ranks says what --nodes and --gpus-per-node say"),
         ({"rehearse": True, "nodes": 0}, "--nodes 0: give a number of 1 or more"),

@@ -84,19 +84,21 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run_report(write_run(tmp_path_factory.mktemp("reported") / "run", 20, moe=True).path)
 
 
-def test_the_last_profile_is_shown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_last_profile_is_shown(on_device: bool, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 8)
     assert "Profile of steps" not in run_report(run.path)
     for first in (4, 11):
         folder = run.profiles / f"step_{first}"
         folder.mkdir(parents=True)
-        write_json(folder / "regions.json", made_up_profile(first))
+        write_json(folder / "regions.json", made_up_profile(first, on_device))
         os.utime(folder / "regions.json", (first, first))
     page = Page(run_report(run.path))
     assert "Profile of steps 11 to 12" in page.text
     assert "Profile of steps 4" not in page.text
     for told in ("backward", "0.6000", "60.0 %", "MFU 25.0%", "PaLM, appendix B"):
         assert told in page.text
+    assert ("of the device" in page.text) == ("0.3000" in page.text) == on_device
 
 
 def test_a_page_has_everything(text: str) -> None:

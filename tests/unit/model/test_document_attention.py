@@ -3,6 +3,7 @@
 What runs on a GPU is torch's kernel; here its uncompiled reference runs, and in one test the kernel for processors.
 """
 
+import functools
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.attention import CausalAttention, causal_document_mask
 from model.decoder import Decoder
-from model.document_attention import BLOCK_TOKENS, FlexAttention, document_blocks
+from model.document_attention import BLOCK_TOKENS, FlexAttention, compiled_kernel, document_blocks
 from model.init import initialise
 from tests.small_run import small_config
 
@@ -112,6 +113,18 @@ def test_a_compiled_kernel_passes_over_blocks_and_is_compiled_once_a_length() ->
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
+def test_it_is_compiled_for_more_lengths_than_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After 8 torch goes on uncompiled, without a word."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    core, lengths = FlexAttention(compiled_kernel(64)), range(20, 29)
+    with torch.no_grad():
+        for T in lengths:
+            core(*attention_inputs(T, 2, 2, False), document_blocks(document_ids([[T], [T]])))
+    assert counter.frame_count == len(lengths)
+
+
 def test_without_blocks_it_is_causal_attention() -> None:
     q, k, v = attention_inputs(40, 2, 2, False)
     core: Any = FlexAttention(flex_attention)
@@ -131,7 +144,8 @@ def test_a_decoder_with_blocks_has_the_losses_of_one_with_a_dense_mask() -> None
     block: Any
     for block in blocked.layers:
         block.self_attn.core = FlexAttention(flex_attention)
-    tokens, ids = torch.randint(0, config.vocab_size, (2, 150)), document_ids([[70, 80], [1, 149]])
+    tokens = torch.randint(0, config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
+    ids = document_ids([[70, 80], [1, 149]])
     with torch.no_grad():
         a, b = (decoder(tokens, tokens.roll(-1, 1), document_ids_BT=ids) for decoder in (plain, blocked))
         unmasked = plain(tokens, tokens.roll(-1, 1))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig
 from model.experts import Experts
@@ -86,7 +87,7 @@ def test_16_bits_are_as_near_the_truth_as_the_formula() -> None:
 
 
 def test_a_shard_works_the_same() -> None:
-    """Each takes the pairs of its own experts, which it knows by numbers of its own; none at all, too."""
+    """Each takes the pairs of its own experts, which it knows by numbers of its own."""
     whole, (x, chosen, weights) = build(), routed(40)
     parts = []
     for begin, end in ((0, 3), (3, E)):
@@ -99,11 +100,32 @@ def test_a_shard_works_the_same() -> None:
         parts.append(torch.zeros_like(x).index_add_(0, held_N, y))
     torch.testing.assert_close(sum(parts), whole(x, chosen, weights, counts(chosen)))
 
-    none = x[:0].requires_grad_()
-    y = whole(none, chosen[:0], weights[:0], counts(chosen[:0]))
-    assert y.shape == (0, D)
-    y.sum().backward()
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in whole.parameters())
+
+class OverRows(TorchDispatchMode):
+    """How many rows each grouped product sums over that gives one matrix an expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._grouped_mm.default and args[1].dim() == 2:
+            self.rows.append(len(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_a_rank_may_get_no_token(tokens: int) -> None:
+    """Gradients are 0, and no product is asked for over no rows, which a GPU refuses."""
+    experts, (x, chosen, weights) = build(), routed(tokens)
+    with OverRows() as products:
+        y = experts(x.requires_grad_(), chosen, weights, counts(chosen))
+        y.sum().backward()
+    assert y.shape == (tokens, D)
+    found = [parameter.grad for parameter in experts.parameters()]
+    assert all(gradient is not None and bool(gradient.any()) == bool(tokens) for gradient in found)
+    assert len(products.rows) == 3 * tokens
+    assert all(products.rows)
 
 
 def test_what_pads_a_slot_is_no_one_elses_trouble() -> None:

@@ -14,7 +14,10 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from model.decoder import Decoder
 from model.init import initialise
 from model.moe import MoE
+from model.opaque_attention import OPERATOR
 from pretrain.activation_checkpointing import KEPT, apply_activation_checkpointing
+from pretrain.parallel_dims import ParallelDims
+from pretrain.parallelize import parallelize
 from tests.small_run import MODELS, VOCABULARY, small_config
 
 LAYERS, BATCH, LENGTH = 3, 2, 24
@@ -123,6 +126,24 @@ def test_matrix_products_of_a_step(kind: str, times: int) -> None:
     plain = step(build("dense"))
     assert counts.forward[product] == plain.forward[product]
     assert counts.backward[product] - plain.backward[product] == (times - 1) * 6 * LAYERS
+
+
+def test_a_processors_attention_is_kept_as_one_operation() -> None:
+    """Of its products within, which are scores of all pairs, none is kept; the bits are those of no checkpointing."""
+
+    def run(kind: str) -> Step:
+        config = small_config(f"model.num_layers={LAYERS}", f"parallel.activation_checkpointing={kind}")
+        decoder = parallelize(config, torch.device("cpu"), torch.bfloat16, ParallelDims.of_this_rank(config))
+        initialise(decoder, 0)
+        return step(decoder)
+
+    plain, selective = run("none"), run("selective")
+    product = torch.ops.aten.bmm.default
+    assert plain.forward[product] == 2 * LAYERS
+    assert selective.forward[product] == selective.backward[product] == selective.backward[OPERATOR] == 0
+    assert selective.forward[OPERATOR] == LAYERS
+    assert torch.equal(selective.loss, plain.loss)
+    assert all(torch.equal(selective.gradients[name], gradient) for name, gradient in plain.gradients.items())
 
 
 def test_nothing_is_recomputed_without_gradients() -> None:

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from model import loss, token_rows
+from model.attention import Attention
+from model.blockwise_attention import BlockwiseAttention, document_spans
 from model.config import ModelConfig
 from model.decoder import Block, Decoder
 from model.norm import RMSNorm, rms_norm_in_pieces
@@ -29,21 +31,23 @@ def work(dtype: torch.dtype, **degrees: int) -> Work:
     return Work(B * T, T, torch.finfo(dtype).bits // 8, fused=False, **degrees)
 
 
-def norms_in_pieces(module: nn.Module) -> None:
-    """As on a processor; a GPU's keep the same."""
-    for norm in module.modules():
-        if isinstance(norm, RMSNorm):
-            norm.function = rms_norm_in_pieces
+def kernels_for_processors(module: nn.Module) -> None:
+    """As `pretrain/kernels.py` chooses them."""
+    for part in module.modules():
+        if isinstance(part, RMSNorm):
+            part.function = rms_norm_in_pieces
+        elif isinstance(part, Attention):
+            part.core = BlockwiseAttention()
 
 
 def saved_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of the distinct tensors that a block's graph holds, its parameters and the rotation's angles left out."""
     block = Block(config, layer=0).to(dtype)
-    norms_in_pieces(block)
+    kernels_for_processors(block)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.02)
     cos, sin = RotaryTables(config)(torch.arange(T))
-    mask = torch.ones(B, 1, T, T, dtype=torch.bool).tril() if config.document_mask else None
+    mask = document_spans(torch.arange(T).expand(B, T) // 20) if config.document_mask else None
     known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), cos, sin)}
     seen: dict[int, int] = {}
     alive = []
@@ -78,6 +82,12 @@ def test_a_block_of_experts_keeps_what_autograd_saves(dtype: torch.dtype, shared
     config = ModelConfig.model_validate(SHAPE | {"moe": EXPERTS | {"shared_experts": shared}})
     kept = block_activations(config, 0, work(dtype)).kept
     assert kept == pytest.approx(saved_bytes(config, dtype), rel=0.02)  # but for some numbers a token
+
+
+def test_a_gpu_keeps_no_mask() -> None:
+    plain, masked = (ModelConfig.model_validate({"preset": "7b", "document_mask": mask}) for mask in (False, True))
+    tokens = Work(4096, 4096, element_bytes=2)
+    assert block_activations(masked, 0, tokens) == block_activations(plain, 0, tokens)
 
 
 def test_recomputation_keeps_less_and_makes_the_rest_again() -> None:
@@ -119,7 +129,7 @@ def test_forward_holds_what_is_accounted() -> None:
     decoder, tokens = Decoder(config), torch.zeros(B, T, dtype=torch.int64)
     for parameter in decoder.parameters():
         nn.init.normal_(parameter, std=0.02)
-    norms_in_pieces(decoder)
+    kernels_for_processors(decoder)
     decoder(tokens, tokens).total.backward()
     decoder.zero_grad()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:

@@ -1,6 +1,7 @@
 """What `deterministic: true` sets; that it changes no bit between ranks is in tests/dist/test_communication.py."""
 
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -53,14 +54,21 @@ def test_deterministic_kernels_and_communication() -> None:
 
 @pytest.mark.usefixtures("clean")
 def test_the_environment_may_choose_what_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_ALGO", "Tree")
+    monkeypatch.setenv("NCCL_PROTO", "LL128")
     make_deterministic()
-    assert os.environ["NCCL_ALGO"] == "Tree"
+    assert os.environ["NCCL_PROTO"] == "LL128"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [("NCCL_ALGO", "NVLS", "Ring"), ("NCCL_ALGO", "Tree", "Ring"), ("NCCL_PROTO", "^LL", "Simple or LL or LL128")],
+)
 @pytest.mark.usefixtures("clean")
-def test_an_environment_that_asks_for_the_contrary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_ALGO", "NVLS")
-    with pytest.raises(ValueError, match=r"deterministic=true .* NCCL_ALGO=NVLS .* unset it, or make it Ring or Tree"):
+def test_an_environment_that_asks_for_the_contrary_is_refused(
+    name: str, value: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    told = re.escape(f"does not go with {name}={value} in the environment: unset it, or make it {remedy}")
+    with pytest.raises(ValueError, match=f"deterministic=true {told}$"):
         make_deterministic()
     assert not torch.are_deterministic_algorithms_enabled()

@@ -1,4 +1,4 @@
-"""Freed memory is used again: counted in page faults, in a process of its own."""
+"""Freed memory is used again: counted in page faults, in processes of their own."""
 
 import subprocess
 import sys
@@ -6,7 +6,9 @@ import sys
 import pytest
 
 FAULTS = """
-import resource, sys
+import ctypes, resource, sys
+PR_SET_THP_DISABLE = 41
+ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)  # a huge page would be one fault instead of 512
 if sys.argv[1] == "keep":
     from pretrain.host_memory import keep_freed_memory
     assert keep_freed_memory()
@@ -24,3 +26,22 @@ def test_freed_memory_is_not_faulted_in_again(how: str, least: int, most: int) -
     """Four times 40 MiB, of 4 KiB pages, once the process has as much as it needs: none of them, or each."""
     done = subprocess.run([sys.executable, "-P", "-c", FAULTS, how], capture_output=True, text=True, check=True)
     assert least <= int(done.stdout) <= most
+
+
+HEAP = """
+import ctypes
+from pretrain.host_memory import keep_freed_memory
+assert keep_freed_memory()
+import torch
+libc = ctypes.CDLL(None)
+libc.sbrk.restype = ctypes.c_void_p
+large = torch.empty(3 << 30, dtype=torch.uint8)  # not touched, so no memory is taken for it
+end = libc.sbrk(0)
+del large
+assert libc.sbrk(0) == end
+"""
+
+
+def test_nor_are_gigabytes_given_back() -> None:
+    """Where the heap ends does not change: mallopt counts in an int, whose largest number is no more than 2 GiB."""
+    subprocess.run([sys.executable, "-P", "-c", HEAP], check=True)

@@ -17,6 +17,7 @@ from model.document_attention import FlexAttention, document_blocks
 from model.init import initialise
 from model.loss import softmax_loss
 from model.norm import rms_norm, rms_norm_in_pieces
+from model.opaque_attention import OpaqueBlockwiseAttention
 from model.rope import rotate, rotate_in_pieces
 from pretrain.kernels import apply_kernels, softmax_kernel
 from pretrain.parallel_dims import ParallelDims
@@ -46,6 +47,18 @@ def test_the_table(device: torch.device, masked: bool, core: type, mask: Any) ->
     assert elementwise == ({rotate_in_pieces, rms_norm_in_pieces} if device is PROCESSOR else {rotate, rms_norm})
     if core is FlexAttention:
         assert len({id(block.self_attn.core.kernel) for block in blocks}) == 1, "compiled for each layer anew"
+
+
+@pytest.mark.parametrize(("word", "in_pieces"), [("compile=true", False), ("activation_checkpointing=selective", True)])
+def test_who_looks_at_operations_sees_a_processors_attention_as_one(word: str, in_pieces: bool) -> None:
+    config = small_config(f"parallel.{word}")
+    with META:
+        decoder = Decoder(config.model)
+    apply_kernels(decoder, PROCESSOR, config.parallel)
+    blocks: Any = decoder.layers
+    assert [type(block.self_attn.core) for block in blocks] == [OpaqueBlockwiseAttention] * 2
+    elementwise = {block.self_attn.rotate for block in blocks} | {decoder.norm.function}
+    assert elementwise == ({rotate_in_pieces, rms_norm_in_pieces} if in_pieces else {rotate, rms_norm})
 
 
 def test_the_heads_softmax() -> None:

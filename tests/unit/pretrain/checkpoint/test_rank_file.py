@@ -5,6 +5,7 @@ import json
 import math
 import os
 import struct
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,27 @@ def test_reading_onwards_with_gaps_reads_only_the_blocks_it_needs(
             needed |= set(range(start // SMALL_BLOCK, -(-stop // SMALL_BLOCK))) if start < stop else set()
     file.close()
     assert sum(counts) == sum(min(SMALL_BLOCK, file.value_bytes - block * SMALL_BLOCK) for block in needed)
+
+
+def test_a_file_holds_no_more_than_a_block_after_it_was_released(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hundreds are open at a time while ranks of another layout load."""
+    monkeypatch.setattr(rank_file, "READ_BYTES", 1 << 20)
+    entries: Entries = [("a", (1 << 19,))]
+    path, stored = written(tmp_path, entries)
+    tracemalloc.start()
+    try:
+        file = RankFile(path, stored, SMALL_BLOCK)
+        opened = tracemalloc.get_traced_memory()[0]
+        assert sum(len(rows) for _, rows in file.rows("a", (1 << 19,), 0, 1 << 19)) == 1 << 19
+        assert tracemalloc.get_traced_memory()[0] > opened + (1 << 20)
+        file.release()
+        assert tracemalloc.get_traced_memory()[0] < opened + 10_000
+        assert len(file.read(3, 200)) == 197
+        file.close()
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_file_holds_no_handle_after_it_was_refused(tmp_path: Path) -> None:
