@@ -175,9 +175,13 @@ def test_one_of_two_ranks(sweep: Callable[[Name, int], Sweep]) -> None:
 
 
 def test_both_ranks_at_once(sweep: Callable[[Name, int], Sweep]) -> None:
+    """Once it has seen the commit, the second one may have ended in peace while the first one tidied up."""
     swept = sweep("save", 2)
+    durable = swept.points[0].index(swept.scene.commit) + 1
     for rank, number in _all_points(swept):
-        assert swept.kill(Kill(rank, number, "all")) == [SIGKILLED, SIGKILLED]
+        codes = swept.kill(Kill(rank, number, "all"))
+        may_have_ended = rank == 0 and number > durable
+        assert codes == [SIGKILLED, SIGKILLED] or (may_have_ended and codes == [SIGKILLED, 0]), codes
 
 
 def test_an_error_at_each_point(sweep: Callable[[Name, int], Sweep]) -> None:
