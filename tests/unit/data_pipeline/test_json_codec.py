@@ -71,7 +71,7 @@ def test_every_kind_is_cut(library: Library) -> None:
         assert can_be_cut(json.loads(tokenizer.files.content)), name
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(PARTS.map("".join), st.integers(1, 6))
 def test_any_cut_has_the_ids_of_the_whole(library: Library, text: str, segment: int) -> None:
     for name, tokenizer in library.items():

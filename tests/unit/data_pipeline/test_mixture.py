@@ -21,7 +21,7 @@ def test_shares_are_within_one_of_exact(weights: dict[str, float]) -> None:
         assert abs(count - Fraction(weights[name]) / total * MIXTURE_BLOCK) < 1
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(MIXTURES, st.integers(0, 10**7), st.integers(0, 10**6), st.integers(1, 4))
 def test_realised_shares_of_whole_blocks(weights: dict[str, float], start: int, first: int, blocks: int) -> None:
     """Wherever the stage begins, in any stretch of whole mixture blocks."""
@@ -45,7 +45,7 @@ def test_sources_are_spread_evenly_within_a_block() -> None:
 
 
 @given(st.integers(0, 9000), st.sampled_from("abc"), st.dictionaries(st.sampled_from("abz"), st.integers(0, 5000)))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_ordinals_count_what_was_served(later: int, name: str, consumed: dict[str, int]) -> None:
     start = 77
     mixture = Mixture(start, WEIGHTS, consumed, 5)

@@ -37,7 +37,7 @@ def test_the_order_with_other_lengths_and_a_cap_is_recorded() -> None:
     assert places == [26092, 20552, 444, 3150, 2217, 11740, 2340, 1508, 9684]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 20_000), min_size=1, max_size=200))
 def test_random_access_equals_sequential(positions: list[int]) -> None:
     stages = [Stage(0, WEIGHTS, T, {"c": 3}), Stage(5_001, {"b": 1.0, "c": 3.0}, 2 * T)]
@@ -45,7 +45,7 @@ def test_random_access_equals_sequential(positions: list[int]) -> None:
     assert np.array_equal(arrays(order(stages), np.array(positions)), everything[:, positions])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=10))
 def test_any_split_into_batches_is_the_same(batches: list[int]) -> None:
     stages = [*MIXED, Stage(1234, WEIGHTS, 3)]
@@ -56,7 +56,7 @@ def test_any_split_into_batches_is_the_same(batches: list[int]) -> None:
 
 
 @given(begin=st.integers(0, 8000), steps=st.integers(1, 3), layout=st.sampled_from([(1, 24), (2, 12), (3, 8), (24, 1)]))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_the_ranks_together_read_the_batch_whatever_their_number(
     begin: int, steps: int, layout: tuple[int, int]
 ) -> None:

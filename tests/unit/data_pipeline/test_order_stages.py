@@ -30,7 +30,7 @@ STARTS = st.lists(st.integers(1, 12_000), min_size=1, max_size=3, unique=True).m
 MIXTURES = st.dictionaries(st.sampled_from("abc"), st.floats(0.1, 10), min_size=1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(starts=STARTS, mixtures=st.lists(MIXTURES, min_size=4, max_size=4))
 @example(starts=[1, 2, 4097], mixtures=[{"a": 1.0}, {"b": 1.0}, {"a": 1.0, "b": 1.0}, {"c": 1.0}])
 def test_a_mixture_anywhere_repeats_and_loses_nothing(starts: list[int], mixtures: list[dict[str, float]]) -> None:
@@ -54,7 +54,7 @@ SMALL = {
 }
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(starts=STARTS, mixtures=st.lists(MIXTURES, min_size=4, max_size=4), lengths=LENGTHS, caps=MIXTURES)
 def test_stages_lengths_and_caps_at_any_position(
     starts: list[int], mixtures: list[dict[str, float]], lengths: list[int], caps: dict[str, float]

@@ -76,7 +76,7 @@ def test_long_documents_have_the_ids_of_the_whole(name: str, tokenizer: Tokenize
     assert tokenizer.encode(text) == in_one_piece(tokenizer, text)
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(
     text=TEXT | CODE.map("".join) | RUNS.map(lambda runs: "".join(part * count for part, count in runs)),
     segment=st.integers(1, 20),
@@ -99,7 +99,7 @@ def with_pieces(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> T
     return trained(path, texts, user_defined_symbols=["abcdab", "bc", "dab", "aab", "cda"], **plain)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("abcd", max_size=60), st.integers(1, 9))
 def test_pieces_of_the_user_are_found_from_the_left(with_pieces: Tokenizer, text: str, segment: int) -> None:
     """Such a piece may begin well before the two pieces that meet at a cut."""

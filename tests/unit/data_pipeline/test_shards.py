@@ -39,7 +39,7 @@ def test_the_format_is_megatrons(tmp_path: Path, vocab_size: int, code: int, ite
     assert tokens.tolist() == [token for document in documents for token in document]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=60), cuts=st.lists(st.integers(0, 60), max_size=5))
 def test_shards_do_not_depend_on_how_documents_arrive(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], cuts: list[int]

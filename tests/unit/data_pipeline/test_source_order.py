@@ -53,7 +53,7 @@ def changes(draw: st.DrawFn) -> list[tuple[int, int]]:
     return list(zip(ordinals, [draw(st.integers(1, 12)), *(T for _, T in steps)], strict=True))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(source=windows() | documents(), changes=changes(), K=st.integers(1, 5), seed=st.integers(0, 5))
 @example(source=WindowSource(2, 12), changes=[(0, 3), (1, 5), (2, 1)], K=1, seed=0)
 @example(source=WindowSource(481, 48), changes=[(0, 4), (24, 8), (30, 3), (31, 12), (100, 8)], K=2, seed=0)
@@ -84,7 +84,7 @@ def test_each_epoch_serves_every_token_once_whatever_changes(
         assert epochs == pytest.approx(totals[ordinal] / inputs)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(source=windows() | documents(), changes=changes(), epochs=st.integers(1, 4))
 def test_the_end_of_an_epoch_in_closed_form(
     source: WindowSource | DocumentSource, changes: list[tuple[int, int]], epochs: int
@@ -96,7 +96,7 @@ def test_the_end_of_an_epoch_in_closed_form(
     assert end == first_after or first_after <= end <= changes[-1][0]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(windows() | documents(), changes(), st.lists(st.integers(0, 500), min_size=1, max_size=60))
 def test_random_access_equals_sequential(
     source: WindowSource | DocumentSource, changes: list[tuple[int, int]], ordinals: list[int]
@@ -106,7 +106,7 @@ def test_random_access_equals_sequential(
     assert np.array_equal(some, everything[:, ordinals])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(changes=changes(), blocks=st.lists(st.lists(st.integers(1, 30), max_size=9).map(tuple), min_size=1).filter(any))
 def test_a_document_that_always_fitted_is_never_cut(
     changes: list[tuple[int, int]], blocks: list[tuple[int, ...]]
@@ -124,7 +124,7 @@ def test_a_document_that_always_fitted_is_never_cut(
         assert np.array_equal(extents.count[fits], lengths[document][fits])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 50), st.integers(1, 12), st.integers(1, 12))
 def test_a_length_that_served_nothing_leaves_no_trace(ordinal: int, passing: int, last: int) -> None:
     source = WindowSource(481, 48)

@@ -13,7 +13,7 @@ AWKWARD = st.text(st.sampled_from(" \n\r\t\0a1<s>/x▁▅é中😀\ufeff\ufffd\u
 CODE = st.lists(st.sampled_from(["    ", " ", "\n", "\n\n", "\t", "def f(x):", "return", "天地", "<s>", SPACE, "12"]))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(TEXT | AWKWARD | CODE.map("".join))
 @example("")
 @example("\n")

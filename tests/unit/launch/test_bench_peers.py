@@ -184,7 +184,7 @@ def test_nanogpt_is_loaded_beside_a_package_of_the_same_name(clone: Path) -> Non
     assert about["total_parameters"] == 130 * 64 + 64
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(layers=st.integers(1, 8), width=st.integers(1, 64), vocab=st.integers(100, 200_000), T=st.integers(8, 8192))
 def test_nanogpt_is_as_wide_as_comes_nearest_in_parameters(layers: int, width: int, vocab: int, T: int) -> None:
     shape = {"hidden_size": 64 * width, "num_layers": layers, "num_heads": width, "ffn_size": 128 * width}

@@ -130,7 +130,7 @@ def test_transformers_starts_from_our_weights(recipe: str, moe_recipe: str, expe
     torch.testing.assert_close(theirs, decoder.logits(decoder.hidden(tokens)), rtol=1e-5, atol=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     layers=st.integers(1, 6),
     first_layer=st.integers(0, 5),

@@ -36,7 +36,7 @@ def test_experts_and_what_is_missing() -> None:
 NUMBERS = st.one_of(st.floats(-1e6, 1e6), st.sampled_from((math.nan, math.inf, -math.inf)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(NUMBERS, max_size=60), st.integers(1, 20), st.integers(1, 5))
 def test_an_envelope_hides_no_extreme(values: list[float], bins: int, stride: int) -> None:
     y = np.array(values, dtype=np.float64)
@@ -53,7 +53,7 @@ def test_an_envelope_hides_no_extreme(values: list[float], bins: int, stride: in
         assert np.all(np.diff(drawn.x) > 0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(NUMBERS, min_size=1, max_size=30), st.integers(1, 9))
 def test_smoothing_is_the_mean_of_what_was(values: list[float], window: int) -> None:
     found = smoothed(np.array(values), window)

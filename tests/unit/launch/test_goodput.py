@@ -81,7 +81,7 @@ def histories(draw: st.DrawFn) -> MadeUpRun:
     return run
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(histories())
 def test_every_second_is_where_it_belongs(run: MadeUpRun) -> None:
     history = told(run.events)
@@ -96,7 +96,7 @@ def test_every_second_is_where_it_belongs(run: MadeUpRun) -> None:
 KINDS = ("submitted", "attempt", "preflight", "environment", "start", "step", "evaluation", "checkpoint", "rewind")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_nothing_is_lost_whatever_is_written_in_whatever_order(data: st.DataObject) -> None:
     """Clocks that disagree, files that lack a part: the accounts still add up."""

@@ -25,7 +25,7 @@ def recipe(name: str, *overrides: str) -> RunConfig:
     return load_config(recipe_path(name), list(overrides))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     ramp=st.lists(st.tuples(st.integers(1, 400), st.integers(1, 6)), max_size=3, unique_by=lambda pair: pair[0]),
     total=st.integers(1, 600),

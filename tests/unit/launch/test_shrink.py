@@ -156,7 +156,7 @@ def kinds(model: ModelConfig) -> set[bool]:
 
 
 @given(run=runs())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_possible_run_has_a_possible_rehearsal(run: tuple[RunConfig, int]) -> None:
     config, world = run
     full = Layout.of(config, world)
@@ -176,7 +176,7 @@ def test_a_possible_run_has_a_possible_rehearsal(run: tuple[RunConfig, int]) -> 
 
 
 @given(run=runs())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_full_layout_is_tried_as_it_is(run: tuple[RunConfig, int]) -> None:
     config, world = run
     small = full_layout_config(config, world)
@@ -185,7 +185,7 @@ def test_the_full_layout_is_tried_as_it_is(run: tuple[RunConfig, int]) -> None:
 
 
 @given(run=runs())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_rehearsal_takes_the_same_phases(run: tuple[RunConfig, int]) -> None:
     """Six steps, whatever they are counted in; the ramp's first stage and warm-up in two; as much accumulation."""
     config, world = run

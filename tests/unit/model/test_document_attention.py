@@ -52,7 +52,7 @@ def rows_of(T: int) -> st.SearchStrategy[list[int]]:
     return st.one_of(cuts.map(lambda starts: [sum(i >= start for start in starts) for i in range(T)]), anything)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 4 * BLOCK_TOKENS).flatmap(lambda T: st.lists(rows_of(T), min_size=1, max_size=2)))
 def test_blocks_say_what_the_dense_mask_does(rows: list[list[int]]) -> None:
     ids_BT = torch.tensor(rows)

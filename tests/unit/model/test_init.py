@@ -25,7 +25,7 @@ def whole() -> torch.Tensor:
     return initial_value(NAME, SHAPE, 0, CONFIG)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_box_has_the_bits_of_the_whole(whole: torch.Tensor, data: st.DataObject) -> None:
     box = []
@@ -43,7 +43,7 @@ def stacked() -> torch.Tensor:
     return initial_value(STACKED_NAME, STACKED_SHAPE, 0, MOE_CONFIG)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_any_box_of_stacked_experts_has_the_bits_of_the_whole(stacked: torch.Tensor, data: st.DataObject) -> None:
     box = []

@@ -74,7 +74,7 @@ def walked(config: RunConfig, state: TrainState, steps: int) -> list[tuple[Place
 
 
 @given(config=staged_configs(), left_out=ranges())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_plan_is_what_the_loop_does(config: RunConfig, left_out: list[tuple[int, int]]) -> None:
     looped = TrainState(left_out=left_out)
     steps = walked(config, looped, STEPS)

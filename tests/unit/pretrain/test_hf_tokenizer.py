@@ -110,7 +110,7 @@ PARTS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(parts=st.lists(PARTS, max_size=20))
 def test_ids_of_any_text(parts: list[str], pair: Pair, llama_pair: Pair) -> None:
     text = "".join(parts)

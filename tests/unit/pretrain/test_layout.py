@@ -78,7 +78,7 @@ def test_groups_of_every_small_layout() -> None:
 
 
 @given(layout=layouts())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_groups_of_any_layout(layout: Layout) -> None:
     check_groups(layout)
 
@@ -94,7 +94,7 @@ def check_samples(layout: Layout) -> None:
 
 
 @given(layout=layouts())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_every_sample_is_read_by_one_sample_group(layout: Layout) -> None:
     check_samples(layout)
 

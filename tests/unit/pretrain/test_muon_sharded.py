@@ -41,7 +41,7 @@ shapes_of_parameters = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shapes_of_parameters, st.integers(1, 5), st.integers(1, 2), st.integers(0, 7), st.integers(1, 30))
 def test_what_one_rank_sends_the_other_expects(
     shapes: dict[str, tuple[int, ...]], ranks: int, copies: int, padding: int, capacity: int

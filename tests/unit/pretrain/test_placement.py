@@ -64,7 +64,7 @@ def times_held(places: Iterable[Placement], shape: Index) -> np.ndarray:
 
 
 @given(case=possible())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ranks_hold_every_element_as_often_as_they_say(case: tuple[RunConfig, int]) -> None:
     """`copies` times `replicas` are the ranks that hold a box, all of them; the first of each write all, once; so do
     the ranks of every group that splits the parameter, those that hold copies of another's box left out."""

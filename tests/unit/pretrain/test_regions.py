@@ -14,7 +14,7 @@ from pretrain.regions import REGIONS, SPAN, Region, RegionClock
 DEVICE = torch.device("cpu")
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.tuples(st.sampled_from(REGIONS), st.booleans())), min_size=1, max_size=4))
 def test_regions_add_up_to_each_step(told: list[list[tuple[Region, bool]]]) -> None:
     """Whatever is told: (region, whether it is left again)."""

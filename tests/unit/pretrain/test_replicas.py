@@ -21,7 +21,7 @@ def values_of(size: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(size=st.integers(1, 50), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_one_bit_shows(dtype: torch.dtype, size: int, data: st.DataObject) -> None:
     values = values_of(size, dtype)
     place, bit = data.draw(st.integers(0, size - 1)), data.draw(st.integers(0, 8 * values.element_size() - 1))
@@ -34,7 +34,7 @@ def test_any_one_bit_shows(dtype: torch.dtype, size: int, data: st.DataObject) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(size=st.integers(2, 50), data=st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_swapped_elements_show(dtype: torch.dtype, size: int, data: st.DataObject) -> None:
     values = values_of(size, dtype)
     values[0], values[-1] = 0.0, -0.0  # which differ in no other way than in their highest bit

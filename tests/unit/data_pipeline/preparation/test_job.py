@@ -68,7 +68,7 @@ def test_threads_chunks_and_shards_change_no_token(
     assert documents_of(tmp_path / "1") == (run("whole", 2, None), documents_of(tmp_path / "whole"))[1]
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=8))
 def test_any_text_comes_back(
     tokenizer_path: Path, tmp_path_factory: pytest.TempPathFactory, documents: list[str]

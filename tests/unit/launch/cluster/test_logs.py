@@ -37,7 +37,7 @@ def test_a_local_run_has_the_first_ranks(run: RunDir) -> None:
     assert log_files(run, None) == [run.rank_log(0)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.text("ab\n", max_size=12), min_size=1, max_size=3), st.integers(0, 9), st.sampled_from((1, 3, 1 << 16))
 )

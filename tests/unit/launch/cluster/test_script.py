@@ -95,7 +95,7 @@ def test_the_signal_and_the_log() -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bash_sees_what_was_written(text: str) -> None:
     if not text.isprintable() or text != text.strip():
         return

@@ -79,7 +79,7 @@ def test_what_is_kept_is_kept_for_a_reason(steps: list[int], config: CheckpointC
     assert kept <= set(steps)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.dictionaries(st.integers(1, 12), st.booleans(), min_size=1),
     st.sets(st.integers(1, 12)),

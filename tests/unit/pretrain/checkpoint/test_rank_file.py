@@ -139,7 +139,7 @@ def test_blocks_of_the_real_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         read_everything(path, stored, entries, REAL_BLOCK)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(entries_of_files, st.data())
 def test_where_values_are_cut_does_not_change_the_file(
     tmp_path_factory: pytest.TempPathFactory, entries: Entries, data: st.DataObject
@@ -271,7 +271,7 @@ def test_a_header_is_not_believed_for_its_hash(case: str, tmp_path: Path) -> Non
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(entries_of_files, st.data())
 def test_any_range_is_the_plain_bytes(
     tmp_path_factory: pytest.TempPathFactory, entries: Entries, data: st.DataObject
@@ -309,7 +309,7 @@ def test_reading_onwards_reads_nothing_twice(tmp_path: Path, monkeypatch: pytest
     assert sum(counts) == stored.size_bytes + 8  # the header's length is read once more with the header
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_reading_onwards_with_gaps_reads_only_the_blocks_it_needs(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -108,7 +108,7 @@ def pieces_of(shapes: dict[str, Index], layout: Layout, kinds: tuple[str, ...] =
     return [Piece(name, shapes[name], box, True, {kind: view(box) for kind in kinds}) for _, name, box in layout]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(many_shapes, st.data())
 def test_a_plan_is_what_brute_force_finds(shapes: dict[str, Index], data: st.DataObject) -> None:
     stored, wanted = data.draw(layouts(shapes, 3)), data.draw(layouts(shapes, 1))
@@ -127,7 +127,7 @@ def test_a_plan_is_what_brute_force_finds(shapes: dict[str, Index], data: st.Dat
     assert sorted(planned, key=repr) == sorted(expected, key=repr)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(many_shapes, st.data())
 def test_pieces_are_filled_with_the_values_of_their_places(
     tmp_path_factory: pytest.TempPathFactory, shapes: dict[str, Index], data: st.DataObject

@@ -139,7 +139,7 @@ def test_what_a_document_counts() -> None:
     assert (document.text_bytes, document.words) == (3 + 1 + 4 + 1 + 6 + 2, 3)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(text=st.text(alphabet="ab \n\t\xa0\u2003\x1c三🎈", max_size=40), piece=st.integers(1, 7))
 def test_words_are_counted_in_pieces(text: str, piece: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

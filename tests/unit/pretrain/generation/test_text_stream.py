@@ -53,7 +53,7 @@ def test_pieces_are_whole_characters_and_add_up(tokenizer: Tokenizer, prompt: st
     assert given_out[-1] == "", "nothing that was certain before is kept for the end"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=30), prompt=st.text(max_size=10))
 def test_any_text_comes_out_as_it_was_written(tokenizer: Tokenizer, text: str, prompt: str) -> None:
     stream = TextStream(tokenizer, tokenizer.encode(prompt))
