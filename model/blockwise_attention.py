@@ -4,7 +4,6 @@ B batch, T tokens, H query heads, K key and value heads, g = H / K query heads o
 rows of the batch, t queries and S keys of a block; G = b K products at once, of R = g t rows each.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,12 +15,21 @@ from model.attention import CausalAttention
 
 # Scores that are worked on at a time. They pass several times through the cache: few enough to stay there, enough to
 # keep all threads at work.
-SCORE_ELEMENTS = 1 << 22
+SCORE_ELEMENTS = 1 << 21
+# Up to so many queries, backward is quicker here than in torch's kernel on a processor that multiplies tiles.
+TILED_QUERIES = 1024
+
+
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies tiles of a dtype (Intel's AMX): torch's kernel then packs its operands so."""
+    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype, "")
+    return bool(torch.cpu.get_capabilities().get(name, False))
 
 
 def block_queries(T: int) -> int:
-    """Queries of a block: small ones compute less that is then hidden, large ones are quicker where keys are many."""
-    return min(max(128, T // 16), 256)
+    """Queries of a block: small ones compute less that is then hidden, large ones are quicker where keys are many, or
+    products quick."""
+    return 256 if has_tiles(torch.bfloat16) else min(max(128, T // 16), 256)
 
 
 class DocumentSpans(NamedTuple):
@@ -58,10 +66,11 @@ class BlockwiseAttention(CausalAttention):
     """softmax(q k^T / sqrt(h)) v, as `CausalAttention`, in 16 bits; what documents hide is not computed.
 
     A block of queries meets all its keys at once, so its softmax is a plain one: nothing is rescaled, and backward
-    computes it again from q and k, which with v are all that is kept. Products are in the inputs' dtype, the softmax
-    and the sums of gradients over blocks in fp32. Compared with torch's kernel, which takes small tiles through both
-    products, a processor's libraries reach their speed on these larger ones, above all in backward. In fp32, whose
-    products are slower than what is saved, torch's is as fast or faster, and taken.
+    computes it again from q and k, which with v are all that is kept. What an operation gives is in the inputs' dtype,
+    what it computes with, and the sums of gradients over blocks, in fp32. Compared with torch's kernel, which takes
+    small tiles through both products, a processor's libraries reach their speed on these larger ones, above all in
+    backward. In fp32, whose products are slower than what is saved, torch's is as fast or faster, and taken; on
+    processors that multiply tiles (`has_tiles`), too, where it is: forward, and for long sequences backward.
     """
 
     def forward(
@@ -69,7 +78,8 @@ class BlockwiseAttention(CausalAttention):
     ) -> Tensor:
         """mask: of `document_spans`; with a cache's dense one, as `CausalAttention`."""
         continues = q_BTHh.size(1) != k_BSKh.size(1)
-        if q_BTHh.dtype == torch.float32 or continues or isinstance(mask, Tensor):
+        long = mask is None and q_BTHh.size(1) > TILED_QUERIES and has_tiles(q_BTHh.dtype)
+        if q_BTHh.dtype == torch.float32 or continues or long or isinstance(mask, Tensor):
             return super().forward(q_BTHh, k_BSKh, v_BSKh, mask.dense() if isinstance(mask, DocumentSpans) else mask)
         return self.blockwise(q_BTHh, k_BSKh, v_BSKh, mask)
 
@@ -99,14 +109,15 @@ class _Blockwise(torch.autograd.Function):
 
 def attended(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, spans: DocumentSpans | None) -> Tensor:
     """What `blockwise_attention` gives, unknown to autograd."""
-    K, (power, rest) = k_BTKh.size(2), _scale(q_BTHh.size(-1))
+    if spans is None and has_tiles(q_BTHh.dtype):
+        return CausalAttention()(q_BTHh, k_BTKh, v_BTKh).contiguous()
+    K = k_BTKh.size(2)
     out_BTHh = torch.empty_like(q_BTHh, memory_format=torch.contiguous_format)
     for rows in _rows(q_BTHh):
         k_GTh, v_GTh = _matrices(k_BTKh[rows], K), _matrices(v_BTKh[rows], K)
         for block, seen in _blocks(q_BTHh.size(1), rows, spans):
-            q_GRh = _matrices(q_BTHh[rows, block], K) * power
-            p_GRS = _probabilities(q_GRh, k_GTh[:, seen], rest, rows, block, spans)
-            _write(torch.bmm(p_GRS.to(q_GRh.dtype), v_GTh[:, seen]), out_BTHh[rows, block], K)
+            p_GRS = _probabilities(_matrices(q_BTHh[rows, block], K), k_GTh[:, seen], rows, block, spans)
+            _write(torch.bmm(p_GRS, v_GTh[:, seen]), out_BTHh[rows, block], K)
     return out_BTHh
 
 
@@ -114,7 +125,7 @@ def gradients(
     grad_BTHh: Tensor, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, spans: DocumentSpans | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, given that of the result."""
-    K, (power, rest), accurate = k_BTKh.size(2), _scale(q_BTHh.size(-1)), _accurate(q_BTHh.dtype)
+    K, scale, accurate = k_BTKh.size(2), q_BTHh.size(-1) ** -0.5, torch.promote_types(q_BTHh.dtype, torch.float32)
     grad_q_BTHh, grad_k_BTKh, grad_v_BTKh = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHh, k_BTKh, v_BTKh)
     )
@@ -122,24 +133,17 @@ def gradients(
         k_GTh, v_GTh = _matrices(k_BTKh[rows], K), _matrices(v_BTKh[rows], K)
         grad_k_GTh, grad_v_GTh = torch.zeros((2, *k_GTh.shape), dtype=accurate, device=k_GTh.device)
         for block, seen in _blocks(q_BTHh.size(1), rows, spans):
-            q_GRh, grad_GRh = _matrices(q_BTHh[rows, block], K) * power, _matrices(grad_BTHh[rows, block], K)
-            p_GRS = _probabilities(q_GRh, k_GTh[:, seen], rest, rows, block, spans)
-            grad_v_GTh[:, seen] += torch.bmm(p_GRS.to(q_GRh.dtype).mT, grad_GRh)
-            grad_p_GRS = torch.bmm(grad_GRh, v_GTh[:, seen].mT).to(accurate)
+            q_GRh, grad_GRh = _matrices(q_BTHh[rows, block], K), _matrices(grad_BTHh[rows, block], K)
+            p_GRS = _probabilities(q_GRh, k_GTh[:, seen], rows, block, spans)
+            grad_v_GTh[:, seen] += torch.bmm(p_GRS.mT, grad_GRh)
+            grad_p_GRS = torch.bmm(grad_GRh, v_GTh[:, seen].mT)
             # What torch.softmax's own backward calls.
-            grad_s_GRS = torch.ops.aten._softmax_backward_data(grad_p_GRS, p_GRS, -1, accurate).to(q_GRh.dtype)
-            _write(torch.bmm(grad_s_GRS, k_GTh[:, seen]) * (power * rest), grad_q_BTHh[rows, block], K)
-            grad_k_GTh[:, seen] += torch.bmm(grad_s_GRS.mT, q_GRh)
-        _write(grad_k_GTh * rest, grad_k_BTKh[rows], K)
+            grad_s_GRS = torch.ops.aten._softmax_backward_data(grad_p_GRS, p_GRS, -1, p_GRS.dtype)
+            _write(_scaled_bmm(grad_s_GRS, k_GTh[:, seen], scale), grad_q_BTHh[rows, block], K)
+            grad_k_GTh[:, seen] += _scaled_bmm(grad_s_GRS.mT, q_GRh, scale)
+        _write(grad_k_GTh, grad_k_BTKh[rows], K)
         _write(grad_v_GTh, grad_v_BTKh[rows], K)
     return grad_q_BTHh, grad_k_BTKh, grad_v_BTKh
-
-
-def _scale(head_size: int) -> tuple[float, float]:
-    """1 / sqrt(h) as a power of two, which scales q without rounding it, and the rest: 1 if h is a power of four."""
-    scale = head_size**-0.5
-    power = 2.0 ** round(math.log2(scale))
-    return power, scale / power
 
 
 def _rows(q_BTHh: Tensor) -> Iterator[slice]:
@@ -158,13 +162,9 @@ def _blocks(T: int, rows: slice, spans: DocumentSpans | None) -> Iterator[tuple[
         yield slice(start, stop), slice(first, stop)
 
 
-def _probabilities(
-    q_GRh: Tensor, k_GSh: Tensor, rest: float, rows: slice, block: slice, spans: DocumentSpans | None
-) -> Tensor:
-    """What each query of a block gives each of the keys, which end with the block, (G, R, S) fp32."""
-    scores_GRS = torch.bmm(q_GRh, k_GSh.mT).to(_accurate(q_GRh.dtype))
-    if rest != 1.0:
-        scores_GRS.mul_(rest)
+def _probabilities(q_GRh: Tensor, k_GSh: Tensor, rows: slice, block: slice, spans: DocumentSpans | None) -> Tensor:
+    """What each query of a block gives each of the keys, which end with the block, (G, R, S)."""
+    scores_GRS = _scaled_bmm(q_GRh, k_GSh.mT, q_GRh.size(-1) ** -0.5)
     t, S, device = block.stop - block.start, k_GSh.size(1), q_GRh.device
     # Added, since a sum is quicker than to choose.
     later_tt = torch.full((t, t), -torch.inf, dtype=scores_GRS.dtype, device=device).triu(1)
@@ -176,8 +176,9 @@ def _probabilities(
     return scores_GRS.softmax(-1)
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _scaled_bmm(a_Grs: Tensor, b_Gst: Tensor, scale: float) -> Tensor:
+    """scale * a @ b, scaled before it is rounded."""
+    return torch.baddbmm(a_Grs.new_empty(()), a_Grs, b_Gst, beta=0, alpha=scale)
 
 
 def _by_key_head(x_btHh: Tensor, key_heads: int) -> Tensor:

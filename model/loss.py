@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED_TARGET = -100
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 2048
 SOFTMAX_ELEMENTS = 1 << 19
-# Of the weight's gradient, worked on at a time.
-GRADIENT_ROWS = 8192
+# Of a gradient, worked on at a time.
+GRADIENT_ELEMENTS = 1 << 20
 
 
 class LossSums(NamedTuple):
@@ -119,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nll_N, log_partition_N = hidden_ND.new_empty((2, N), dtype=torch.float32)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed over chunks in fp32: in bf16 each addition would round the sum again.
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
+        grad_weight_DV = weight_VD.new_empty(weight_VD.T.shape, dtype=torch.float32) if needs_weight else None
         # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
         logits_buffer = hidden_ND.new_empty(min(chunk_tokens, N), V)
         for start in range(0, N, chunk_tokens):
@@ -130,10 +130,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax(logits_CV, targets_N[chunk], z_loss, nll_N[chunk], log_partition_N[chunk], needs_grad, part)
             if grad_hidden_ND is not None:
                 torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[chunk])
-            if grad_weight_VD is not None:
-                _add_product(grad_weight_VD, logits_CV, hidden_ND[chunk])
-        ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+            if grad_weight_DV is not None:
+                _add_product(grad_weight_DV, hidden_ND[chunk], logits_CV, first=start == 0)
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_DV)
+        ctx.weight_dtype = weight_VD.dtype
         ctx.mark_non_differentiable(nll_N)
         total = nll_N.sum()
         if z_loss:
@@ -143,28 +143,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (
-            None if grad is None else _scaled(grad, grad_total, dtype)
-            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        )
-        return *grads, None, None, None, None, None, None, None
+        grad_hidden_ND, grad_weight_DV = ctx.saved_tensors
+        hidden, weight_VD = None, None
+        if grad_hidden_ND is not None:
+            _scale(grad_hidden_ND, grad_total, into=(hidden := torch.empty_like(grad_hidden_ND)))
+        if grad_weight_DV is not None:
+            weight_VD = grad_weight_DV.new_empty(grad_weight_DV.T.shape, dtype=ctx.weight_dtype)
+            _scale(grad_weight_DV, grad_total, into=weight_VD.T)
+        return hidden, weight_VD, None, None, None, None, None, None, None
 
 
-def _add_product(sum_VD: Tensor, logits_CV: Tensor, hidden_CD: Tensor) -> None:
-    """sum += logits.T @ hidden, by parts: neither the product nor the fp32 copy of it that is added is there whole."""
-    for start in range(0, len(sum_VD), GRADIENT_ROWS):
-        rows = slice(start, start + GRADIENT_ROWS)
-        sum_VD[rows] += logits_CV[:, rows].T @ hidden_CD
+def _add_product(sum_DV: Tensor, hidden_CD: Tensor, logits_CV: Tensor, first: bool) -> None:
+    """sum += hidden.T @ logits, by parts: neither the product nor the fp32 copy of it that is added is there whole.
+
+    The gradient of the weight as it lies, logits.T @ hidden, takes twice the time on a processor: of the two, logits
+    are the larger matrix to transpose, and its libraries do that inside the product.
+    """
+    hidden_DC = hidden_CD.T.contiguous()
+    columns = max(1, GRADIENT_ELEMENTS // len(sum_DV))
+    for start in range(0, sum_DV.size(1), columns):
+        part = slice(start, start + columns)
+        product_Dv = hidden_DC @ logits_CV[:, part]
+        if first:
+            sum_DV[:, part] = product_Dv
+        else:
+            sum_DV[:, part] += product_Dv
 
 
-def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, multiplied in fp32: rounded to bf16, the factor 1 / tokens would be off by up to 0.2 %,
-    and the gradient's norm with it."""
-    scaled = torch.empty_like(grad, dtype=dtype)
-    for start in range(0, len(grad), GRADIENT_ROWS):
-        rows = slice(start, start + GRADIENT_ROWS)
-        scaled[rows] = grad[rows].float() * factor
-    return scaled
+def _scale(grad: Tensor, factor: Tensor, into: Tensor) -> None:
+    """into = grad * factor, multiplied in fp32: rounded to bf16, the factor 1 / tokens would be off by up to 0.2 %, and
+    the gradient's norm with it."""
+    rows = max(1, 2 * GRADIENT_ELEMENTS // grad.size(1))
+    for start in range(0, len(grad), rows):
+        part = slice(start, start + rows)
+        into[part] = (grad[part].float() * factor).to(into.dtype)
 
 
 def softmax_loss(
@@ -185,26 +197,35 @@ def softmax_loss(
     C, V = logits_CV.shape
     rows = max(1, SOFTMAX_ELEMENTS // V) if part is WHOLE else C
     buffer = logits_CV.new_empty((min(rows, C), V), dtype=torch.float32)
+    valid_C, row_C = targets_C != IGNORED_TARGET, targets_C - part.start
+    held_C = valid_C & (row_C >= 0) & (row_C < V)
+    # Read and written by index: on processors scatter takes as long as the softmax.
+    at_target = torch.arange(C, device=row_C.device), row_C.clamp(0, V - 1)
+    target_logit_C = logits_CV[at_target].float().where(held_C, 0.0)
     for start in range(0, C, rows):
         piece = slice(start, min(start + rows, C))
-        logits_RV, valid_R1 = logits_CV[piece], (targets_C[piece] != IGNORED_TARGET)[:, None]
-        row_R1 = targets_C[piece][:, None] - part.start
-        held_R1 = valid_R1 & (row_R1 >= 0) & (row_R1 < V)
-        row_R1 = row_R1.clamp(0, V - 1)
-        p_RV = buffer[: piece.stop - start].copy_(logits_RV)
-        target_logit_R1 = p_RV.gather(1, row_R1).where(held_R1, 0.0)
-        own_max_R1 = p_RV.amax(dim=1, keepdim=True)
+        p_RV = buffer[: piece.stop - start].copy_(logits_CV[piece])
+        max_R = p_RV.amax(dim=1)
         torch.softmax(p_RV, dim=1, out=p_RV)
         # Softmax keeps its sum to itself. The largest probability, 1 / V or more, is that sum's inverse.
-        own_log_partition_R1 = own_max_R1 - p_RV.amax(dim=1, keepdim=True).log()
-        max_R1 = part.maximum(own_log_partition_R1.clone())
-        sums_R2 = part.total(torch.cat([(own_log_partition_R1 - max_R1).exp(), target_logit_R1], dim=1))
-        partition_R1, target_logit_R1 = sums_R2.split(1, dim=1)
-        log_partition_R1 = partition_R1.log() + max_R1
-        nll_C[piece] = (log_partition_R1 * valid_R1 - target_logit_R1)[:, 0]
-        log_partition_C[piece] = (log_partition_R1 * valid_R1)[:, 0]
+        own_log_partition_R = max_R - p_RV.amax(dim=1).log()
+        log_partition_R, target_logit_C[piece] = _of_all_parts(own_log_partition_R, target_logit_C[piece], part)
+        log_partition_C[piece] = log_partition_R
         if needs_grad:
-            share_R1 = (own_log_partition_R1 - log_partition_R1).exp()  # of all probability, in this part
-            p_RV *= valid_R1 * share_R1 * (1 + 2 * z_loss * log_partition_R1)
-            # The target's entry is subtracted before it is rounded to the logits' dtype.
-            logits_RV.copy_(p_RV.scatter_add_(1, row_R1, -held_R1.float()))
+            share_R = (own_log_partition_R - log_partition_R).exp()  # of all probability, in this part
+            p_RV *= (valid_C[piece] * share_R * (1 + 2 * z_loss * log_partition_R))[:, None]
+            logits_CV[piece] = p_RV
+    if needs_grad:
+        p_C = (target_logit_C - log_partition_C).exp() * (1 + 2 * z_loss * log_partition_C)
+        logits_CV[at_target] = (p_C - 1).to(logits_CV.dtype).where(held_C, logits_CV[at_target])
+    torch.sub(log_partition_C, target_logit_C, out=nll_C).mul_(valid_C)
+    log_partition_C.mul_(valid_C)
+
+
+def _of_all_parts(log_partition_R: Tensor, target_logit_R: Tensor, part: VocabularyPart) -> tuple[Tensor, Tensor]:
+    """The log-partitions and the targets' logits over all parts, from this part's."""
+    if part is WHOLE:
+        return log_partition_R, target_logit_R
+    max_R = part.maximum(log_partition_R.clone())
+    sums_R2 = part.total(torch.stack([(log_partition_R - max_R).exp(), target_logit_R], dim=1))
+    return sums_R2[:, 0].log() + max_R, sums_R2[:, 1]

@@ -22,7 +22,10 @@ class MLP(nn.Module):
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. For backward it keeps these two, and computes silu(gate) again."""
+    """silu(gate) * up. For backward it keeps these two, and computes silu(gate) again.
+
+    Nothing is multiplied in place: in 16 bits that takes three times as long on a processor.
+    """
     return _Gated.apply(gate, up)
 
 
@@ -30,11 +33,11 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return functional.silu(gate).mul_(up)
+        return functional.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         # What silu's own backward calls.
-        return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), functional.silu(gate) * grad

@@ -31,9 +31,9 @@ from pretrain.config import Recompute
 
 # As in `model/loss.py` and `model/token_rows.py`, which need torch; a test holds them together.
 EXPERT_SLOT_MULTIPLE = 64
-LOSS_CHUNK_TOKENS = 1024
+LOSS_CHUNK_TOKENS = 2048
 LOSS_SOFTMAX_ELEMENTS = 1 << 19
-LOSS_GRADIENT_ROWS = 8192
+LOSS_GRADIENT_ELEMENTS = 1 << 20
 FP32 = 4
 
 
@@ -111,10 +111,11 @@ def loss_bytes(config: ModelConfig, work: Work) -> int:
     chunk = min(LOSS_CHUNK_TOKENS, work.inside)
     softmax_rows = min(chunk, max(1, LOSS_SOFTMAX_ELEMENTS // rows)) if work.tensor == 1 else chunk
     hidden, weight = work.inside * config.hidden_size, rows * config.hidden_size
-    part = min(LOSS_GRADIENT_ROWS, rows) * config.hidden_size
+    part = min(max(1, LOSS_GRADIENT_ELEMENTS // config.hidden_size), rows) * config.hidden_size
     added = b * part + (0 if work.fused or b == FP32 else FP32 * part)
-    forward = b * chunk * rows + max(FP32 * softmax_rows * rows, added)
-    scaled = b * weight + FP32 * part
+    forward = b * chunk * rows + max(FP32 * softmax_rows * rows, b * chunk * config.hidden_size + added)
+    piece = min(max(1, 2 * LOSS_GRADIENT_ELEMENTS // rows), config.hidden_size) * rows
+    scaled = b * weight + (FP32 if b == FP32 else FP32 + b) * piece
     return 2 * b * hidden + FP32 * weight + max(forward, scaled)
 
 

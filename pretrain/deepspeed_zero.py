@@ -137,7 +137,8 @@ def sum_where_alone(engine: Engine) -> None:
     """At stages 1 and 2, where no other rank has this one's parameters, add gradients to their fp32 sums at once.
 
     DeepSpeed would copy them to fp32, into a bucket, divide them by one, reduce the bucket over one rank, add it to the
-    sums and copy it back: five passes over all gradients, and twice their memory.
+    sums and copy it back: five passes over all gradients, and twice their memory. A step's first micro-batch is copied,
+    since what is added to is converted first.
     """
     zero = engine.optimizer
     if (
@@ -148,11 +149,21 @@ def sum_where_alone(engine: Engine) -> None:
     ):
         return
 
+    summed: dict[int, set[int]] = {}  # parameters by group, whose sums have begun
+
     def add(parameter: nn.Parameter, group: int) -> None:
-        if parameter.grad is not None:
-            sums = zero._get_compact_grad_partition_slice(group, 0, zero.get_param_id(parameter), parameter.numel())
+        if parameter.grad is None:
+            return
+        if zero.averaged_gradients.get(group) is None:
+            summed[group] = set()
+        number = zero.get_param_id(parameter)
+        sums = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
+        if number in summed[group]:
             sums.add_(parameter.grad.view(-1))
-            parameter.grad = None
+        else:
+            sums.copy_(parameter.grad.view(-1))
+        summed[group].add(number)
+        parameter.grad = None
 
     zero.process_gradients = add
     zero.reduce_ipg_grads = lambda comm_dtype=None: None

@@ -27,11 +27,12 @@ CONTENDERS = {
     "nearest in parameters; fp32 weights, torch autocast to bf16; fused AdamW",
     "nanogpt-mixed-compiled": "nanogpt-mixed, compiled, as its training does",
 }
+COMPILED = "steppe-compiled"
 DENSE = "steppe-dense"
 EAGER = "transformers-mixed"  # whose memory is the measure
 # What a user calls them: a name stands for all of its variants.
 FAMILIES = {
-    "steppe-compiled": ("steppe-compiled",),
+    COMPILED: (COMPILED,),
     "bare": ("bare",),
     "steppe-dense": (DENSE,),
     **{

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.bench.contenders import CONTENDERS, DENSE, EAGER, FAMILIES, GET_LITGPT, OWN_WEIGHTS, peers_of
+from launch.bench.contenders import COMPILED, CONTENDERS, DENSE, EAGER, FAMILIES, GET_LITGPT, OWN_WEIGHTS, peers_of
 from launch.bench.data_tables import say
 
 if TYPE_CHECKING:
@@ -201,11 +201,20 @@ def run(
             }
             for name, turns in answers.items()
         },
-        "ratios": {f"steppe/{name}": ratios(speeds["steppe"], speeds[name]).as_dict() for name in names[1:]},
+        "ratios": {
+            f"{own}/{name}": ratios(speeds[own], speeds[name]).as_dict()
+            for own in ("steppe", COMPILED)
+            for name in names[1:]
+            if own in names and name != own
+        },
         "limit": {
             "tokens_per_second": limit,
             "seconds_a_step": parts,
-            "reached": Spread.of([speed / limit for speed in speeds["steppe"]]).as_dict(),
+            "reached": {
+                own: Spread.of([speed / limit for speed in speeds[own]]).as_dict()
+                for own in ("steppe", COMPILED)
+                if own in names
+            },
         },
         "overhead": overhead,
         "left_out": left_out,

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from launch.bench.contenders import EAGER
+from launch.bench.contenders import COMPILED, EAGER
 from launch.bench.turns import Spread
 
 WIDEST = 1000
@@ -35,26 +35,29 @@ def print_lines(to: Console, lines: list[str]) -> None:
 
 def print_table(result: dict[str, Any]) -> None:
     """The speeds, what each contender is, the limit's parts and DeepSpeed's overhead."""
+    owners = [own for own in ("steppe", COMPILED) if own in result["contenders"]]
+    rivals = [header for own in owners for header in (f"{own} / it", "min to max")]
     table = table_of(
         f"{result['recipe']}: sequences of {result['sequence_length']}, {result['micro_batch_size']} a step, "
         f"ZeRO {result['zero_stage']}, {result['threads']} threads, torch {result['torch']}",
         "contender",
-        ("tokens/s", "min to max", "steppe / it", "min to max", "GB", "of eager", "first loss"),
+        ("tokens/s", "min to max", *rivals, "GB", "of eager", "first loss"),
     )
     for name, contender in result["contenders"].items():
-        speed, ratio = Spread(**contender["tokens_per_second"]), result["ratios"].get(f"steppe/{name}")
+        speed = Spread(**contender["tokens_per_second"])
         of_eager = contender["peak_memory_of_eager"]
         table.add_row(
             name,
             f"{speed.median:,.0f}",
             f"{speed.min:,.0f} to {speed.max:,.0f}",
-            *_in_cells(ratio),
+            *(cell for own in owners for cell in _in_cells(result["ratios"].get(f"{own}/{name}"))),
             f"{contender['peak_memory_bytes'] / 1e9:.2f}",
             "" if of_eager is None else f"{of_eager:.2f}",
             f"{contender['loss_at_first_step']:.4f}",
         )
     limit = result["limit"]
-    table.add_row("limit", f"{limit['tokens_per_second']:,.0f}", "", *_in_cells(limit["reached"]), "", "", "")
+    reached = (cell for own in owners for cell in _in_cells(limit["reached"][own]))
+    table.add_row("limit", f"{limit['tokens_per_second']:,.0f}", "", *reached, "", "", "")
     to = console()
     to.print(table)
     print_lines(to, [f"{name}: {_in_words(contender)}" for name, contender in result["contenders"].items()])
@@ -96,8 +99,11 @@ def _limit_in_words(limit: dict[str, Any]) -> str:
     parts = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in limit["seconds_a_step"].items())
     return (
         f"limit: this step's own operations, each timed alone in steppe's process: {parts}, in all "
-        f"{sum(limit['seconds_a_step'].values()):.3f} s; steppe reaches {limit['reached']['median']:.1%} of it "
-        f"({limit['reached']['min']:.1%} to {limit['reached']['max']:.1%})"
+        f"{sum(limit['seconds_a_step'].values()):.3f} s; of it "
+        + " and ".join(
+            f"{own} reaches {of['median']:.1%} ({of['min']:.1%} to {of['max']:.1%})"
+            for own, of in limit["reached"].items()
+        )
     )
 
 

@@ -40,26 +40,26 @@ GATHERED = [2, 2 * PARAMETERS]
 EXPECTED = {
     (1, "zero1"): Expected(
         collectives={"allreduce": [SMALL_CALLS, SMALL_BYTES]},
-        operators=4331,
-        costly={"mm": 180, "bmm": 56, "copy_": 230, "_to_copy": 187, "clone": 60, "cat": 38, "fill_": 4},
-        peak_bytes=966_708,
+        operators=4263,
+        costly={"mm": 180, "bmm": 24, "baddbmm": 32, "copy_": 251, "_to_copy": 151, "clone": 60, "cat": 34, "fill_": 4},
+        peak_bytes=966_900,
     ),
     (1, "zero2"): Expected(
         collectives={"allreduce": [SMALL_CALLS, SMALL_BYTES]},
-        operators=4331,
-        costly={"mm": 180, "bmm": 56, "copy_": 230, "_to_copy": 187, "clone": 60, "cat": 38, "fill_": 4},
-        peak_bytes=966_708,
+        operators=4263,
+        costly={"mm": 180, "bmm": 24, "baddbmm": 32, "copy_": 251, "_to_copy": 151, "clone": 60, "cat": 34, "fill_": 4},
+        peak_bytes=966_900,
     ),
     (2, "zero1"): Expected(
         collectives={"allreduce": [SMALL_CALLS + 1, SMALL_BYTES + GRADIENTS], "allgather_base": GATHERED},
-        operators=2430,
-        costly={"mm": 90, "bmm": 28, "copy_": 151, "_to_copy": 140, "clone": 30, "cat": 21, "fill_": 2},
-        peak_bytes=1_126_132,
+        operators=2396,
+        costly={"mm": 90, "bmm": 12, "baddbmm": 16, "copy_": 151, "_to_copy": 122, "clone": 30, "cat": 19, "fill_": 2},
+        peak_bytes=1_126_324,
     ),
     (2, "zero2"): Expected(
         collectives={"allreduce": [SMALL_CALLS + 2, SMALL_BYTES + 2 * GRADIENTS], "allgather_base": GATHERED},
-        operators=2597,
-        costly={"mm": 90, "bmm": 28, "copy_": 188, "_to_copy": 100, "clone": 30, "cat": 22, "fill_": 2},
+        operators=2563,
+        costly={"mm": 90, "bmm": 12, "baddbmm": 16, "copy_": 188, "_to_copy": 82, "clone": 30, "cat": 20, "fill_": 2},
         peak_bytes=842_392,
     ),
 }

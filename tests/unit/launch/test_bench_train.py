@@ -50,12 +50,16 @@ def moe_recipe(tmp_path: Path) -> str:
 @pytest.mark.slow
 def test_all_contenders_do_the_same_work(recipe: str) -> None:
     words = ["train", "--recipe", recipe, "--rounds", "3", "--steps", "2", "--sequence-length", "64", "--json"]
-    found = CliRunner().invoke(app, [*words, "--peers", "bare,transformers-mixed"])
+    found = CliRunner().invoke(app, [*words, "--peers", "steppe-compiled,bare,transformers-mixed"])
     assert found.exit_code == 0, found.output
     result = json.loads(found.stdout)
     assert result["sequence_length"] == 64
-    assert list(result["contenders"]) == ["steppe", "bare", "transformers-mixed"]
-    assert list(result["ratios"]) == ["steppe/bare", "steppe/transformers-mixed"]
+    peers = ["bare", "transformers-mixed"]
+    assert list(result["contenders"]) == ["steppe", "steppe-compiled", *peers]
+    assert list(result["ratios"]) == [
+        "steppe/steppe-compiled",
+        *(f"{own}/{peer}" for own in ("steppe", "steppe-compiled") for peer in peers),
+    ]
     ours = result["contenders"]["steppe"]
     for peer in result["contenders"].values():
         speed = peer["tokens_per_second"]
@@ -72,9 +76,10 @@ def test_all_contenders_do_the_same_work(recipe: str) -> None:
     # Not rounded in other places, but the same arithmetic.
     assert result["contenders"]["bare"]["loss_at_end"] == pytest.approx(ours["loss_at_end"], rel=1e-5)
     limit = result["limit"]
+    assert list(limit["reached"]) == ["steppe", "steppe-compiled"]
     assert limit["tokens_per_second"] == 64 * 8 / sum(limit["seconds_a_step"].values())
     assert list(limit["seconds_a_step"]) == ["matrix products", "attention", "adamw"]
-    assert limit["reached"]["median"] == ours["tokens_per_second"]["median"] / limit["tokens_per_second"]
+    assert limit["reached"]["steppe"]["median"] == ours["tokens_per_second"]["median"] / limit["tokens_per_second"]
     assert result["overhead"].keys() == {"of_bare", "aim", "operators"}
     print_table(result)
 

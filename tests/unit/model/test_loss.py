@@ -20,9 +20,9 @@ N, V, D, VOCAB = 101, 256, 64, 200
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 7 rows, and of the weight's gradient of 48, so that chunks and pieces all end unevenly."""
+    """Pieces of 7 rows, and of the weight's gradient of 48 columns, so that chunks and pieces all end unevenly."""
     monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", 7 * V)
-    monkeypatch.setattr(loss, "GRADIENT_ROWS", 48)
+    monkeypatch.setattr(loss, "GRADIENT_ELEMENTS", 48 * D)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

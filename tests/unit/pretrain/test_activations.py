@@ -14,7 +14,7 @@ from model.rope import RotaryTables
 from pretrain.activations import (
     EXPERT_SLOT_MULTIPLE,
     LOSS_CHUNK_TOKENS,
-    LOSS_GRADIENT_ROWS,
+    LOSS_GRADIENT_ELEMENTS,
     LOSS_SOFTMAX_ELEMENTS,
     Work,
     activation_bytes,
@@ -145,8 +145,8 @@ def test_forward_holds_what_is_accounted() -> None:
 
 
 def test_the_constants_are_those_of_the_loss() -> None:
-    ours = LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS, LOSS_GRADIENT_ROWS
-    assert ours == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS, loss.GRADIENT_ROWS)
+    ours = LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS, LOSS_GRADIENT_ELEMENTS
+    assert ours == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS, loss.GRADIENT_ELEMENTS)
 
 
 def test_the_constant_is_that_of_the_experts() -> None:
