@@ -1,9 +1,10 @@
 """Causal attention for processors: exact, forward and backward in blocks of queries, as batched matrix products.
 
 B batch, T tokens, H query heads, K key and value heads, g = H / K query heads of each, h head size, n blocks of T; b
-rows of the batch, t queries and S keys of a block; G = b K products at once, of R = g t rows each.
+rows of the batch, t queries and S keys of a block; G products at once, one for each row and key head, of R = g t rows.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from model.attention import CausalAttention
 # Scores that are worked on at a time. They pass several times through the cache: few enough to stay there, enough to
 # keep all threads at work.
 SCORE_ELEMENTS = 1 << 21
+# One row of the batch may have more than that, but not more than these at a time: its heads are taken in parts.
+MOST_SCORE_ELEMENTS = 1 << 24
 # Up to so many queries, backward is quicker here than in torch's kernel on a processor that multiplies tiles.
 TILED_QUERIES = 1024
 
@@ -73,12 +76,16 @@ class BlockwiseAttention(CausalAttention):
     processors that multiply tiles (`has_tiles`), too, where it is: forward, and for long sequences backward.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.tiled = [dtype for dtype in (torch.bfloat16, torch.float16) if has_tiles(dtype)]
+
     def forward(
         self, q_BTHh: Tensor, k_BSKh: Tensor, v_BSKh: Tensor, mask: Tensor | DocumentSpans | None = None
     ) -> Tensor:
         """mask: of `document_spans`; with a cache's dense one, as `CausalAttention`."""
         continues = q_BTHh.size(1) != k_BSKh.size(1)
-        long = mask is None and q_BTHh.size(1) > TILED_QUERIES and has_tiles(q_BTHh.dtype)
+        long = mask is None and q_BTHh.size(1) > TILED_QUERIES and q_BTHh.dtype in self.tiled
         if q_BTHh.dtype == torch.float32 or continues or long or isinstance(mask, Tensor):
             return super().forward(q_BTHh, k_BSKh, v_BSKh, mask.dense() if isinstance(mask, DocumentSpans) else mask)
         return self.blockwise(q_BTHh, k_BSKh, v_BSKh, mask)
@@ -111,13 +118,13 @@ def attended(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, spans: DocumentSpan
     """What `blockwise_attention` gives, unknown to autograd."""
     if spans is None and has_tiles(q_BTHh.dtype):
         return CausalAttention()(q_BTHh, k_BTKh, v_BTKh).contiguous()
-    K = k_BTKh.size(2)
+    g = q_BTHh.size(2) // k_BTKh.size(2)
     out_BTHh = torch.empty_like(q_BTHh, memory_format=torch.contiguous_format)
-    for rows in _rows(q_BTHh):
-        k_GTh, v_GTh = _matrices(k_BTKh[rows], K), _matrices(v_BTKh[rows], K)
+    for rows, keys, queries in _parts(q_BTHh, g):
+        k_GTh, v_GTh = _matrices(k_BTKh[rows, :, keys]), _matrices(v_BTKh[rows, :, keys])
         for block, seen in _blocks(q_BTHh.size(1), rows, spans):
-            p_GRS = _probabilities(_matrices(q_BTHh[rows, block], K), k_GTh[:, seen], rows, block, spans)
-            _write(torch.bmm(p_GRS, v_GTh[:, seen]), out_BTHh[rows, block], K)
+            p_GRS = _probabilities(_matrices(q_BTHh[rows, block, queries], g), k_GTh[:, seen], rows, block, spans)
+            _write(torch.bmm(p_GRS, v_GTh[:, seen]), out_BTHh[rows, block, queries], g)
     return out_BTHh
 
 
@@ -125,32 +132,38 @@ def gradients(
     grad_BTHh: Tensor, q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, spans: DocumentSpans | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of q, k and v, given that of the result."""
-    K, scale, accurate = k_BTKh.size(2), q_BTHh.size(-1) ** -0.5, torch.promote_types(q_BTHh.dtype, torch.float32)
+    g, scale = q_BTHh.size(2) // k_BTKh.size(2), q_BTHh.size(-1) ** -0.5
     grad_q_BTHh, grad_k_BTKh, grad_v_BTKh = (
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHh, k_BTKh, v_BTKh)
     )
-    for rows in _rows(q_BTHh):
-        k_GTh, v_GTh = _matrices(k_BTKh[rows], K), _matrices(v_BTKh[rows], K)
+    for rows, keys, queries in _parts(q_BTHh, g):
+        k_GTh, v_GTh = _matrices(k_BTKh[rows, :, keys]), _matrices(v_BTKh[rows, :, keys])
+        accurate = torch.promote_types(k_GTh.dtype, torch.float32)
         grad_k_GTh, grad_v_GTh = torch.zeros((2, *k_GTh.shape), dtype=accurate, device=k_GTh.device)
         for block, seen in _blocks(q_BTHh.size(1), rows, spans):
-            q_GRh, grad_GRh = _matrices(q_BTHh[rows, block], K), _matrices(grad_BTHh[rows, block], K)
+            q_GRh, grad_GRh = _matrices(q_BTHh[rows, block, queries], g), _matrices(grad_BTHh[rows, block, queries], g)
             p_GRS = _probabilities(q_GRh, k_GTh[:, seen], rows, block, spans)
             grad_v_GTh[:, seen] += torch.bmm(p_GRS.mT, grad_GRh)
             grad_p_GRS = torch.bmm(grad_GRh, v_GTh[:, seen].mT)
             # What torch.softmax's own backward calls.
             grad_s_GRS = torch.ops.aten._softmax_backward_data(grad_p_GRS, p_GRS, -1, p_GRS.dtype)
-            _write(_scaled_bmm(grad_s_GRS, k_GTh[:, seen], scale), grad_q_BTHh[rows, block], K)
+            _write(_scaled_bmm(grad_s_GRS, k_GTh[:, seen], scale), grad_q_BTHh[rows, block, queries], g)
             grad_k_GTh[:, seen] += _scaled_bmm(grad_s_GRS.mT, q_GRh, scale)
-        _write(grad_k_GTh, grad_k_BTKh[rows], K)
-        _write(grad_v_GTh, grad_v_BTKh[rows], K)
+        _write(grad_k_GTh, grad_k_BTKh[rows, :, keys])
+        _write(grad_v_GTh, grad_v_BTKh[rows, :, keys])
     return grad_q_BTHh, grad_k_BTKh, grad_v_BTKh
 
 
-def _rows(q_BTHh: Tensor) -> Iterator[slice]:
-    """The batch in parts of so many rows that a block's scores are SCORE_ELEMENTS, or one."""
+def _parts(q_BTHh: Tensor, g: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, key heads, and their query heads, of which a block's scores are so many as the constants say,
+    or those of one key head."""
     B, T, H, _ = q_BTHh.shape
-    step = max(1, SCORE_ELEMENTS // (H * min(block_queries(T), T) * T))
-    return (slice(start, min(start + step, B)) for start in range(0, B, step))
+    of_a_head = g * min(block_queries(T), T) * T
+    row_step = max(1, SCORE_ELEMENTS // (H // g * of_a_head))
+    head_step = max(1, MOST_SCORE_ELEMENTS // of_a_head)
+    for row, head in itertools.product(range(0, B, row_step), range(0, H // g, head_step)):
+        keys = slice(head, min(head + head_step, H // g))
+        yield slice(row, min(row + row_step, B)), keys, slice(g * keys.start, g * keys.stop)
 
 
 def _blocks(T: int, rows: slice, spans: DocumentSpans | None) -> Iterator[tuple[slice, slice]]:
@@ -181,17 +194,17 @@ def _scaled_bmm(a_Grs: Tensor, b_Gst: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a_Grs.new_empty(()), a_Grs, b_Gst, beta=0, alpha=scale)
 
 
-def _by_key_head(x_btHh: Tensor, key_heads: int) -> Tensor:
-    """(b, t, H, h) -> (b, K, g, t, h), a view."""
-    return x_btHh.unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
+def _by_key_head(x_btHh: Tensor, g: int) -> Tensor:
+    """(b, t, H, h) -> (b, H / g, g, t, h), a view."""
+    return x_btHh.unflatten(2, (-1, g)).permute(0, 2, 3, 1, 4)
 
 
-def _matrices(x_btHh: Tensor, key_heads: int) -> Tensor:
-    """(b, t, H, h) -> (b K, g t, h): one for each key head, of all query heads that share it."""
-    return _by_key_head(x_btHh, key_heads).flatten(0, 1).flatten(1, 2)
+def _matrices(x_btHh: Tensor, g: int = 1) -> Tensor:
+    """(b, t, H, h) -> (b H / g, g t, h): one for each key head, of all query heads that share it."""
+    return _by_key_head(x_btHh, g).flatten(0, 1).flatten(1, 2)
 
 
-def _write(x_GRh: Tensor, into_btHh: Tensor, key_heads: int) -> None:
+def _write(x_GRh: Tensor, into_btHh: Tensor, g: int = 1) -> None:
     """The inverse of `_matrices`."""
-    target_bKgth = _by_key_head(into_btHh, key_heads)
+    target_bKgth = _by_key_head(into_btHh, g)
     target_bKgth.copy_(x_GRh.view(target_bKgth.shape))

@@ -30,6 +30,7 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(E, F, D))
         self.up_proj = nn.Parameter(torch.empty(E, F, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        self.function = combined
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, counts_E: Tensor) -> Tensor:
         """x (N, D) -> the weighted sum of what each token's experts make of it, (N, D).
@@ -37,11 +38,10 @@ class Experts(nn.Module):
         experts_NK: int64, of this module's own. weights_NK: fp32.
         counts_E: int64, how many pairs are each expert's. The host never reads it.
         """
-        combined = _combined if x_ND.dtype == torch.bfloat16 else _combined_uncompiled
-        return combined(x_ND, experts_NK, weights_NK, counts_E, self.gate_proj, self.up_proj, self.down_proj)
+        return self.function(x_ND, experts_NK, weights_NK, counts_E, self.gate_proj, self.up_proj, self.down_proj)
 
 
-def _combined(
+def combined(
     x_ND: Tensor,
     experts_NK: Tensor,
     weights_NK: Tensor,
@@ -50,15 +50,12 @@ def _combined(
     up_EFD: Tensor,
     down_EDF: Tensor,
 ) -> Tensor:
+    """See `Experts.forward`."""
     at = slots(experts_NK, counts_E)
     tokens_P = at.pairs // experts_NK.size(1)
     # A slot that pads has no weight, in the sums below and so in every gradient of a parameter.
     weights_P = weights_NK.detach().flatten()[at.pairs] * at.real
     return _Experts.apply(x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, tokens_P, weights_P, at.places, at.ends)
-
-
-# torch.compile knows what shape a grouped product has in bf16 only: in other dtypes the graph breaks here.
-_combined_uncompiled = torch.compiler.disable(_combined)
 
 
 class _Experts(torch.autograd.Function):
@@ -87,7 +84,7 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(
             x_ND, weights_NK, gate_EFD, up_EFD, down_EDF, tokens_P, weights_P, places_M, ends_E, gate_PF, up_PF
         )
-        y_PD = _by_expert(functional.silu(gate_PF).mul_(up_PF), down_EDF.transpose(1, 2), ends_E)
+        y_PD = _by_expert(functional.silu(gate_PF) * up_PF, down_EDF.transpose(1, 2), ends_E)
         return weighted_sum(y_PD, places_M, weights_NK)
 
     @staticmethod
@@ -105,14 +102,15 @@ class _Experts(torch.autograd.Function):
         del grad_PD, inner_PF
 
         # A slot's weight multiplies its row of each of these, and is left out until it meets x, or the sum over k.
-        grad_up_PF = activated_PF.mul_(grad_inner_PF)
-        grad_gate_PF = torch.ops.aten.silu_backward(grad_inner_PF.mul_(up_PF), gate_PF)
+        grad_up_PF = activated_PF * grad_inner_PF
+        del activated_PF
+        grad_gate_PF = torch.ops.aten.silu_backward(grad_inner_PF * up_PF, gate_PF)
         del grad_inner_PF
         x_PD = scaled(x_ND.index_select(0, tokens_P), weights_P)
         grad_gate_EFD = _by_expert(grad_gate_PF.T, x_PD, ends_E)
         grad_up_EFD = _by_expert(grad_up_PF.T, x_PD, ends_E)
         del x_PD
-        grad_x_PD = _by_expert(grad_gate_PF, gate_EFD, ends_E).add_(_by_expert(grad_up_PF, up_EFD, ends_E))
+        grad_x_PD = _by_expert(grad_gate_PF, gate_EFD, ends_E) + _by_expert(grad_up_PF, up_EFD, ends_E)
         grad_x_ND = weighted_sum(grad_x_PD, places_M, weights_NK)
         return grad_x_ND, grad_weights_NK, grad_gate_EFD, grad_up_EFD, grad_down_EDF, None, None, None, None
 

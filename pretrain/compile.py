@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from model.decoder import Decoder
+from model.experts import Experts, combined
 
 CACHE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 # Versions of one piece of code, above which torch would go on uncompiled with no more than a line in the log: kinds of
@@ -34,6 +35,10 @@ def compile_blocks(decoder: Decoder) -> None:
     """
     check_compiler()
     os.environ.setdefault(CACHE_FOLDER, str(cache_folder()))
+    for module in decoder.modules():
+        # torch.compile knows what shape a grouped product has in bf16 only: in other dtypes the graph breaks there.
+        if isinstance(module, Experts) and module.gate_proj.dtype != torch.bfloat16:
+            module.function = torch.compiler.disable(combined)
     for block in decoder.layers:
         block.forward = torch.compile(block.forward, dynamic=False, recompile_limit=MOST_VERSIONS)  # type: ignore[call-overload]
 

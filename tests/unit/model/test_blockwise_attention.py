@@ -46,7 +46,9 @@ def with_gradients(out: Tensor, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -
 def test_it_is_torchs_attention(
     shape: tuple[int, ...], dtype: torch.dtype, tolerance: float, documents: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "SCORE_ELEMENTS", 4 * 128 * 300)  # so that the batch is taken in several parts
+    # So that the batch is taken in several parts, and of the widest the heads.
+    monkeypatch.setattr(blockwise, "SCORE_ELEMENTS", 4 * 128 * 300)
+    monkeypatch.setattr(blockwise, "MOST_SCORE_ELEMENTS", 3 * 128 * 300)
     ids = document_ids(*shape[:2])
     q, k, v, grad = inputs(shape, dtype)
     found = with_gradients(blockwise_attention(q, k, v, document_spans(ids) if documents else None), q, k, v, grad)
