@@ -1,4 +1,4 @@
-"""Causal attention for processors: exact, forward and backward in blocks of queries, as batched matrix products.
+"""Causal attention for processors: exact, in blocks of queries, as batched matrix products.
 
 B batch, T tokens, H query heads, K key and value heads, g = H / K query heads of each, h head size, n blocks of T; b
 rows of the batch, t queries and S keys of a block; G products at once, one for each row and key head, of R = g t rows.
@@ -19,20 +19,20 @@ from model.attention import CausalAttention
 SCORE_ELEMENTS = 1 << 21
 # One row of the batch may have more than that, but not more than these at a time: its heads are taken in parts.
 MOST_SCORE_ELEMENTS = 1 << 24
-# Up to so many queries, backward is quicker here than in torch's kernel on a processor that multiplies tiles.
-TILED_QUERIES = 1024
-
-
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies tiles of a dtype (Intel's AMX): torch's kernel then packs its operands so."""
-    name = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}.get(dtype, "")
-    return bool(torch.cpu.get_capabilities().get(name, False))
+# What this processor multiplies in tiles (Intel's AMX), for which torch's kernel packs its operands.
+TILED_DTYPES = frozenset(
+    dtype
+    for dtype, feature in ((torch.bfloat16, "amx_bf16"), (torch.float16, "amx_fp16"))
+    if torch.cpu.get_capabilities().get(feature, False)
+)
+# Up to so many queries, backward is quicker here than in torch's kernel for tiles.
+MOST_TILED_QUERIES = 1024
 
 
 def block_queries(T: int) -> int:
     """Queries of a block: small ones compute less that is then hidden, large ones are quicker where keys are many, or
     products quick."""
-    return 256 if has_tiles(torch.bfloat16) else min(max(128, T // 16), 256)
+    return 256 if TILED_DTYPES else min(max(128, T // 16), 256)
 
 
 class DocumentSpans(NamedTuple):
@@ -72,20 +72,16 @@ class BlockwiseAttention(CausalAttention):
     computes it again from q and k, which with v are all that is kept. What an operation gives is in the inputs' dtype,
     what it computes with, and the sums of gradients over blocks, in fp32. Compared with torch's kernel, which takes
     small tiles through both products, a processor's libraries reach their speed on these larger ones, above all in
-    backward. In fp32, whose products are slower than what is saved, torch's is as fast or faster, and taken; on
-    processors that multiply tiles (`has_tiles`), too, where it is: forward, and for long sequences backward.
+    backward. In fp32, whose products are slower than what is saved, torch's is as fast or faster, and taken. Without
+    documents it is also taken where the processor multiplies tiles: forward, and above MOST_TILED_QUERIES backward.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tiled = [dtype for dtype in (torch.bfloat16, torch.float16) if has_tiles(dtype)]
 
     def forward(
         self, q_BTHh: Tensor, k_BSKh: Tensor, v_BSKh: Tensor, mask: Tensor | DocumentSpans | None = None
     ) -> Tensor:
         """mask: of `document_spans`; with a cache's dense one, as `CausalAttention`."""
         continues = q_BTHh.size(1) != k_BSKh.size(1)
-        long = mask is None and q_BTHh.size(1) > TILED_QUERIES and q_BTHh.dtype in self.tiled
+        long = mask is None and q_BTHh.size(1) > MOST_TILED_QUERIES and q_BTHh.dtype in TILED_DTYPES
         if q_BTHh.dtype == torch.float32 or continues or long or isinstance(mask, Tensor):
             return super().forward(q_BTHh, k_BSKh, v_BSKh, mask.dense() if isinstance(mask, DocumentSpans) else mask)
         return self.blockwise(q_BTHh, k_BSKh, v_BSKh, mask)
@@ -116,7 +112,7 @@ class _Blockwise(torch.autograd.Function):
 
 def attended(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, spans: DocumentSpans | None) -> Tensor:
     """What `blockwise_attention` gives, unknown to autograd."""
-    if spans is None and has_tiles(q_BTHh.dtype):
+    if spans is None and q_BTHh.dtype in TILED_DTYPES:
         return CausalAttention()(q_BTHh, k_BTKh, v_BTKh).contiguous()
     g = q_BTHh.size(2) // k_BTKh.size(2)
     out_BTHh = torch.empty_like(q_BTHh, memory_format=torch.contiguous_format)

@@ -59,7 +59,8 @@ def combined(
 
 
 class _Experts(torch.autograd.Function):
-    """The parameters themselves are saved, not views of them, which would hold ZeRO 3's gathered memory until backward.
+    """Multiplied out of place, as in `gated`. The parameters themselves are saved, not views of them, which would hold
+    ZeRO 3's gathered memory until backward.
 
     tokens_P, weights_P: of each slot; places_M, ends_E: see `Slots`.
     """
@@ -104,7 +105,8 @@ class _Experts(torch.autograd.Function):
         # A slot's weight multiplies its row of each of these, and is left out until it meets x, or the sum over k.
         grad_up_PF = activated_PF * grad_inner_PF
         del activated_PF
-        grad_gate_PF = torch.ops.aten.silu_backward(grad_inner_PF * up_PF, gate_PF)
+        grad_inner_PF = grad_inner_PF * up_PF
+        grad_gate_PF = torch.ops.aten.silu_backward(grad_inner_PF, gate_PF)
         del grad_inner_PF
         x_PD = scaled(x_ND.index_select(0, tokens_P), weights_P)
         grad_gate_EFD = _by_expert(grad_gate_PF.T, x_PD, ends_E)

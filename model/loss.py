@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 IGNORED_TARGET = -100
 CHUNK_TOKENS = 2048
 SOFTMAX_ELEMENTS = 1 << 19
-# Of a gradient, worked on at a time.
-GRADIENT_ELEMENTS = 1 << 20
+# Of the weight's gradient, transposed, worked on at a time: columns as they are added, rows as they are scaled.
+GRADIENT_COLUMNS = 8192
+GRADIENT_ROWS = 64
 
 
 class LossSums(NamedTuple):
@@ -120,6 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         # Summed over chunks in fp32: in bf16 each addition would round the sum again.
         grad_weight_DV = weight_VD.new_empty(weight_VD.T.shape, dtype=torch.float32) if needs_weight else None
+        if grad_weight_DV is not None and N == 0:
+            grad_weight_DV.zero_()  # no chunk will fill it
         # One buffer for all chunks: fresh memory of this size costs more than what is computed in it.
         logits_buffer = hidden_ND.new_empty(min(chunk_tokens, N), V)
         for start in range(0, N, chunk_tokens):
@@ -143,37 +146,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_DV = ctx.saved_tensors
-        hidden, weight_VD = None, None
-        if grad_hidden_ND is not None:
-            _scale(grad_hidden_ND, grad_total, into=(hidden := torch.empty_like(grad_hidden_ND)))
-        if grad_weight_DV is not None:
-            weight_VD = grad_weight_DV.new_empty(grad_weight_DV.T.shape, dtype=ctx.weight_dtype)
-            _scale(grad_weight_DV, grad_total, into=weight_VD.T)
-        return hidden, weight_VD, None, None, None, None, None, None, None
+        sum_ND, sum_DV = ctx.saved_tensors
+        grad_hidden_ND = grad_weight_VD = None
+        if sum_ND is not None:
+            grad_hidden_ND = torch.empty_like(sum_ND)
+            _scale(sum_ND, grad_total, CHUNK_TOKENS, into=grad_hidden_ND)
+        if sum_DV is not None:
+            grad_weight_VD = sum_DV.new_empty(sum_DV.T.shape, dtype=ctx.weight_dtype)
+            _scale(sum_DV, grad_total, GRADIENT_ROWS, into=grad_weight_VD.T)
+        return grad_hidden_ND, grad_weight_VD, None, None, None, None, None, None, None
 
 
 def _add_product(sum_DV: Tensor, hidden_CD: Tensor, logits_CV: Tensor, first: bool) -> None:
     """sum += hidden.T @ logits, by parts: neither the product nor the fp32 copy of it that is added is there whole.
 
-    The gradient of the weight as it lies, logits.T @ hidden, takes twice the time on a processor: of the two, logits
-    are the larger matrix to transpose, and its libraries do that inside the product.
+    The gradient of the weight as it lies, logits.T @ hidden, takes a processor longer: of the two, logits are the
+    larger matrix to transpose.
     """
     hidden_DC = hidden_CD.T.contiguous()
-    columns = max(1, GRADIENT_ELEMENTS // len(sum_DV))
-    for start in range(0, sum_DV.size(1), columns):
-        part = slice(start, start + columns)
-        product_Dv = hidden_DC @ logits_CV[:, part]
+    for start in range(0, sum_DV.size(1), GRADIENT_COLUMNS):
+        columns = slice(start, start + GRADIENT_COLUMNS)
+        product_Dv = hidden_DC @ logits_CV[:, columns]
         if first:
-            sum_DV[:, part] = product_Dv
+            sum_DV[:, columns] = product_Dv
         else:
-            sum_DV[:, part] += product_Dv
+            sum_DV[:, columns] += product_Dv
 
 
-def _scale(grad: Tensor, factor: Tensor, into: Tensor) -> None:
-    """into = grad * factor, multiplied in fp32: rounded to bf16, the factor 1 / tokens would be off by up to 0.2 %, and
-    the gradient's norm with it."""
-    rows = max(1, 2 * GRADIENT_ELEMENTS // grad.size(1))
+def _scale(grad: Tensor, factor: Tensor, rows: int, into: Tensor) -> None:
+    """into = grad * factor, some rows at a time, multiplied in fp32: rounded to bf16, the factor 1 / tokens would be
+    off by up to 0.2 %, and the gradient's norm with it."""
     for start in range(0, len(grad), rows):
         part = slice(start, start + rows)
         into[part] = (grad[part].float() * factor).to(into.dtype)
@@ -200,8 +202,9 @@ def softmax_loss(
     valid_C, row_C = targets_C != IGNORED_TARGET, targets_C - part.start
     held_C = valid_C & (row_C >= 0) & (row_C < V)
     # Read and written by index: on processors scatter takes as long as the softmax.
-    at_target = torch.arange(C, device=row_C.device), row_C.clamp(0, V - 1)
-    target_logit_C = logits_CV[at_target].float().where(held_C, 0.0)
+    place_C, row_C = torch.arange(C, device=row_C.device), row_C.clamp(0, V - 1)
+    target_logit_C = logits_CV[place_C, row_C].float().where(held_C, 0.0)
+    p_target_C = torch.empty_like(target_logit_C)
     for start in range(0, C, rows):
         piece = slice(start, min(start + rows, C))
         p_RV = buffer[: piece.stop - start].copy_(logits_CV[piece])
@@ -214,10 +217,11 @@ def softmax_loss(
         if needs_grad:
             share_R = (own_log_partition_R - log_partition_R).exp()  # of all probability, in this part
             p_RV *= (valid_C[piece] * share_R * (1 + 2 * z_loss * log_partition_R))[:, None]
+            p_target_C[piece] = p_RV[place_C[: len(p_RV)], row_C[piece]]
             logits_CV[piece] = p_RV
     if needs_grad:
-        p_C = (target_logit_C - log_partition_C).exp() * (1 + 2 * z_loss * log_partition_C)
-        logits_CV[at_target] = (p_C - 1).to(logits_CV.dtype).where(held_C, logits_CV[at_target])
+        # One is subtracted before the target's entry is rounded to the logits' dtype.
+        logits_CV[place_C, row_C] = (p_target_C - held_C.float()).to(logits_CV.dtype)
     torch.sub(log_partition_C, target_logit_C, out=nll_C).mul_(valid_C)
     log_partition_C.mul_(valid_C)
 

@@ -11,7 +11,8 @@ of its tokens. Kept by a block that recomputes nothing, in bytes a token of a ra
     the norms' outputs       2 b D, what the projections of attention and of the MLP take
     qk-norm, if there is     as the norms, with (H + K) h in place of D, and 4 (H + K)
     attention                b (2 H + 2 K) h + 4 H: q and k rotated, v, the result, and a logarithm of a sum a head,
-                             which a processor in 16 bits computes again
+                             which a processor in 16 bits computes again, unless it multiplies tiles and sequences
+                             are above 1024
     SwiGLU                   3 b F: gate, up, and silu(gate) up, which the last projection takes
     mask, if there is        on a processor in fp32 4 times the tokens of a sequence: attention makes a bias of it in
                              each block; elsewhere documents take no memory to speak of
@@ -29,11 +30,14 @@ from typing import NamedTuple
 from model.config import ModelConfig, has_experts, padded_vocab_size
 from pretrain.config import Recompute
 
-# As in `model/loss.py` and `model/token_rows.py`, which need torch; a test holds them together.
+# As in `model/loss.py`, `model/token_rows.py` and `model/blockwise_attention.py`, which need torch; a test holds them
+# together.
 EXPERT_SLOT_MULTIPLE = 64
 LOSS_CHUNK_TOKENS = 2048
 LOSS_SOFTMAX_ELEMENTS = 1 << 19
-LOSS_GRADIENT_ELEMENTS = 1 << 20
+LOSS_GRADIENT_COLUMNS = 8192
+LOSS_GRADIENT_ROWS = 64
+MOST_TILED_QUERIES = 1024
 FP32 = 4
 
 
@@ -111,11 +115,10 @@ def loss_bytes(config: ModelConfig, work: Work) -> int:
     chunk = min(LOSS_CHUNK_TOKENS, work.inside)
     softmax_rows = min(chunk, max(1, LOSS_SOFTMAX_ELEMENTS // rows)) if work.tensor == 1 else chunk
     hidden, weight = work.inside * config.hidden_size, rows * config.hidden_size
-    part = min(max(1, LOSS_GRADIENT_ELEMENTS // config.hidden_size), rows) * config.hidden_size
-    added = b * part + (0 if work.fused or b == FP32 else FP32 * part)
+    part = min(LOSS_GRADIENT_COLUMNS, rows) * config.hidden_size
+    added = b * part + (0 if work.fused or b == FP32 or chunk == work.inside else FP32 * part)
     forward = b * chunk * rows + max(FP32 * softmax_rows * rows, b * chunk * config.hidden_size + added)
-    piece = min(max(1, 2 * LOSS_GRADIENT_ELEMENTS // rows), config.hidden_size) * rows
-    scaled = b * weight + (FP32 if b == FP32 else FP32 + b) * piece
+    scaled = b * weight + (FP32 if b == FP32 else FP32 + b) * min(LOSS_GRADIENT_ROWS, config.hidden_size) * rows
     return 2 * b * hidden + FP32 * weight + max(forward, scaled)
 
 
@@ -142,7 +145,8 @@ def _attention(config: ModelConfig, work: Work) -> _Part:
     # Ulysses repeats key and value heads until each rank gets an equal share, of all tokens.
     repeated = kv_heads * (work.sequence // math.gcd(work.sequence, kv_heads))
     projected, attended = n * (heads + 2 * kv_heads) * h, n * heads * h
-    softmax = FP32 * n * heads if work.fused or b == FP32 else 0
+    tiled = work.sequence_length > MOST_TILED_QUERIES and not config.document_mask  # or may be, by the processor
+    softmax = FP32 * n * heads if work.fused or b == FP32 or tiled else 0
     everything = b * n * D + b * (2 * attended + 2 * n * repeated * h) + softmax
     if work.sequence > 1:
         everything += b * attended  # the result, given back to the ranks of its tokens

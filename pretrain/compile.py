@@ -35,10 +35,11 @@ def compile_blocks(decoder: Decoder) -> None:
     """
     check_compiler()
     os.environ.setdefault(CACHE_FOLDER, str(cache_folder()))
+    # torch.compile knows what shape a grouped product has in bf16 only: in other dtypes the graph breaks there.
+    uncompiled = torch.compiler.disable(combined)
     for module in decoder.modules():
-        # torch.compile knows what shape a grouped product has in bf16 only: in other dtypes the graph breaks there.
         if isinstance(module, Experts) and module.gate_proj.dtype != torch.bfloat16:
-            module.function = torch.compiler.disable(combined)
+            module.function = uncompiled
     for block in decoder.layers:
         block.forward = torch.compile(block.forward, dynamic=False, recompile_limit=MOST_VERSIONS)  # type: ignore[call-overload]
 

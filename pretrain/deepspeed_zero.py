@@ -137,8 +137,8 @@ def sum_where_alone(engine: Engine) -> None:
     """At stages 1 and 2, where no other rank has this one's parameters, add gradients to their fp32 sums at once.
 
     DeepSpeed would copy them to fp32, into a bucket, divide them by one, reduce the bucket over one rank, add it to the
-    sums and copy it back: five passes over all gradients, and twice their memory. A step's first micro-batch is copied,
-    since what is added to is converted first.
+    sums and copy it back: five passes over all gradients, and twice their memory. A step's first micro-batch is copied:
+    to add it, torch would first make an fp32 copy of it.
     """
     zero = engine.optimizer
     if (
@@ -158,11 +158,12 @@ def sum_where_alone(engine: Engine) -> None:
             summed[group] = set()
         number = zero.get_param_id(parameter)
         sums = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
-        if number in summed[group]:
+        begun = summed.setdefault(group, set())
+        if number in begun:
             sums.add_(parameter.grad.view(-1))
         else:
             sums.copy_(parameter.grad.view(-1))
-        summed[group].add(number)
+            begun.add(number)
         parameter.grad = None
 
     zero.process_gradients = add

@@ -7,9 +7,10 @@
     RMSNorm         in pieces            torch's kernel                    torch's kernel
     RoPE            in pieces            torch's operations                torch's operations
 
-torch's flash attention for GPUs takes no mask, and with a dense one would not be chosen. Triton comes with torch where
-torch has kernels for a GPU; where it is missing, the head's softmax is the processor's. The optimizer (torch's fused
-AdamW) and grouped products of experts choose by themselves. What is chosen for GPUs has not been timed on one.
+BlockwiseAttention takes torch's kernel for processors where that is faster. torch's flash attention for GPUs takes no
+mask, and with a dense one would not be chosen. Triton comes with torch where torch has kernels for a GPU; where it is
+missing, the head's softmax is the processor's. The optimizer (torch's fused AdamW) and grouped products of experts
+choose by themselves. What is chosen for GPUs has not been timed on one.
 """
 
 from collections.abc import Callable

@@ -4,9 +4,9 @@ B batch, T sequence, N = B T tokens, D model width, R rows of a weight, V vocabu
 value heads, h head size.
 
 Left out is all else that a step needs: norms, rotations, activations, the softmax over the vocabulary, the copies
-between precisions, the gradient's norm. So a step cannot reach the limit; how near it comes says how little the rest
-costs. Operands stay in the cache from one repetition to the next as far as they fit, and of ways to do the same the
-fastest counts.
+between precisions and transpositions, the gradient's norm. So a step cannot reach the limit; how near it comes says how
+little the rest costs. Operands stay in the cache from one repetition to the next as far as they fit, and of ways to do
+the same the fastest counts.
 """
 
 import time
@@ -70,7 +70,8 @@ def _mlp(tokens: int, D: int, ffn_size: int) -> Iterable[tuple[tuple[Shape, ...]
 
 
 def _product_seconds(shape: Shape, dtype: torch.dtype, device: torch.device) -> float:
-    """Of a linear map forward, and of the gradients of its input and of its weight, or of its transpose."""
+    """Of a linear map forward, and of the gradients of its input and of its weight: as it lies or transposed, whichever
+    is faster."""
     N, D, R = shape
     x_ND, grad_NR, weight_RD = (torch.randn(size, dtype=dtype, device=device) for size in ((N, D), (N, R), (R, D)))
     forward, of_input = _mm_seconds(x_ND, weight_RD.T), _mm_seconds(grad_NR, weight_RD)
@@ -83,7 +84,7 @@ def _mm_seconds(a: Tensor, b: Tensor) -> float:
 
 
 def _attention_seconds(config: RunConfig, dtype: torch.dtype, device: torch.device) -> float:
-    """Forward and backward of one layer, by whichever is faster: ours in blocks, or torch's."""
+    """Forward and backward of one layer, by whichever is faster: ours (`BlockwiseAttention`), or torch's."""
     model, B, T = config.model, config.batch.micro_batch_size, config.data.sequence_length
 
     def heads(count: int) -> Tensor:

@@ -3,6 +3,8 @@
 import functools
 from typing import Any
 
+import torch
+
 from model import blockwise_attention
 from pretrain.device import detect
 from pretrain.engine import agree, build_engine
@@ -15,9 +17,12 @@ BUCKET = "deepspeed={zero_optimization: {reduce_bucket_size: 100_000}}"
 WARM_UP = 2  # the optimizer's state is made in the first step
 
 
-def counts(stage: int) -> dict[str, Any]:
-    """Of the small model in bf16: 2 blocks, 8 sequences of a global batch in micro-batches of 2."""
-    blockwise_attention.has_tiles = lambda dtype: False  # the same operators on every machine
+def counts(stage: int, tiled: bool) -> dict[str, Any]:
+    """Of the small model in bf16: 2 blocks, 8 sequences of a global batch in micro-batches of 2.
+
+    tiled: as on a processor that multiplies tiles, whatever this one does.
+    """
+    blockwise_attention.TILED_DTYPES = frozenset({torch.bfloat16} if tiled else ())
     config = small_config("precision=bf16", f"parallel.zero_stage={stage}", BUCKET)
     dims = ParallelDims.of_this_rank(config)
     engine = build_engine(config, detect(), dims)
@@ -31,4 +36,8 @@ def counts(stage: int) -> dict[str, Any]:
     return step_counts(step)
 
 
-CASES = {f"zero{stage}": functools.partial(counts, stage) for stage in (1, 2)}
+CASES = {
+    "zero1": functools.partial(counts, 1, tiled=False),
+    "zero2": functools.partial(counts, 2, tiled=False),
+    "tiled": functools.partial(counts, 1, tiled=True),
+}

@@ -1,5 +1,7 @@
 """Blockwise attention is attention: against torch's, forward and backward, with and without documents."""
 
+import platform
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,14 +10,14 @@ from model import blockwise_attention as blockwise
 from model.attention import CausalAttention, causal_document_mask
 from model.blockwise_attention import BlockwiseAttention, blockwise_attention, document_spans
 
-HAS_TILES = blockwise.has_tiles
+TILED_DTYPES = blockwise.TILED_DTYPES
 SHAPES = [(2, 300, 4, 2, 16), (3, 128, 4, 4, 8), (1, 5, 6, 1, 8), (2, 129, 2, 2, 32), (4, 1, 2, 1, 8)]  # B, T, H, K, h
 
 
 @pytest.fixture(autouse=True)
 def no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same kernels on every machine that tests this."""
-    monkeypatch.setattr(blockwise, "has_tiles", lambda dtype: False)
+    monkeypatch.setattr(blockwise, "TILED_DTYPES", frozenset())
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,7 +61,8 @@ def test_it_is_torchs_attention(
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == dtype
         # A lone token's weight is 1 whatever q and k are: their gradients are noise, or nothing.
-        assert (ours - theirs).norm() <= tolerance * max(theirs.norm(), grad.norm())
+        size = grad.norm() if shape[1] == 1 else theirs.norm()
+        assert (ours - theirs).norm() <= tolerance * size
 
 
 def test_in_16_bits_it_is_as_accurate_as_torchs() -> None:
@@ -100,22 +103,23 @@ def test_fp32_and_what_continues_a_cache_are_left_to_torch() -> None:
 
 
 def test_where_tiles_are_multiplied_torch_computes_forward_and_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "has_tiles", lambda dtype: dtype == torch.bfloat16)
-    monkeypatch.setattr(blockwise, "TILED_QUERIES", 128)
-    for T, forward, backward in ((128, True, False), (129, True, True)):
+    monkeypatch.setattr(blockwise, "TILED_DTYPES", frozenset({torch.bfloat16}))
+    monkeypatch.setattr(blockwise, "MOST_TILED_QUERIES", 600)
+    for T, backward in ((600, False), (601, True)):
         q, k, v, grad = inputs((2, T, 4, 2, 64), torch.bfloat16)
         ours = with_gradients(BlockwiseAttention()(q, k, v), q, k, v, grad)
         theirs = with_gradients(CausalAttention()(q, k, v), q, k, v, grad)
-        assert torch.equal(ours[0], theirs[0]) == forward
+        assert torch.equal(ours[0], theirs[0])
         assert all(torch.equal(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True)) == backward
-    q, k, v, _ = (x.detach() for x in inputs((2, 300, 4, 2, 64), torch.bfloat16))
-    spans = document_spans(document_ids(2, 300))
+        assert all((a - b).norm() <= 2e-2 * b.norm() for a, b in zip(ours, theirs, strict=True))
+    spans = document_spans(document_ids(2, T))
     assert torch.equal(BlockwiseAttention()(q, k, v, spans), blockwise_attention(q, k, v, spans))
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="tiles are Intel's")
 def test_tiles_are_those_that_torch_sees() -> None:
-    assert HAS_TILES(torch.bfloat16) == torch.cpu.get_capabilities().get("amx_bf16", False)
-    assert not HAS_TILES(torch.float32)
+    assert (torch.bfloat16 in TILED_DTYPES) == torch.cpu._is_amx_tile_supported()
+    assert (torch.float16 in TILED_DTYPES) == torch.cpu._is_amx_fp16_supported()
 
 
 def test_only_what_it_was_given_is_kept_for_backward() -> None:

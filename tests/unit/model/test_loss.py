@@ -20,9 +20,10 @@ N, V, D, VOCAB = 101, 256, 64, 200
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of 7 rows, and of the weight's gradient of 48 columns, so that chunks and pieces all end unevenly."""
+    """Pieces of 7 rows, and of the weight's gradient of 48 columns and 5 rows, so that all end unevenly."""
     monkeypatch.setattr(loss, "SOFTMAX_ELEMENTS", 7 * V)
-    monkeypatch.setattr(loss, "GRADIENT_ELEMENTS", 48 * D)
+    monkeypatch.setattr(loss, "GRADIENT_COLUMNS", 48)
+    monkeypatch.setattr(loss, "GRADIENT_ROWS", 5)
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +196,28 @@ def test_autocast_multiplies_in_its_own_dtype() -> None:
     for ours, theirs in zip(grads(actual, hidden, weight), grads(expected, *low), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=0)
+
+
+def test_no_tokens_have_no_gradient() -> None:
+    _, weight, _ = inputs()
+    hidden = torch.empty(0, D, requires_grad=True)
+    sums = linear_cross_entropy(hidden, weight, torch.empty(0, dtype=torch.int64), VOCAB)
+    assert not grads(sums, hidden, weight)[1].any()
+
+
+def test_a_target_that_is_nearly_sure_has_an_exact_gradient() -> None:
+    """The target's entry is p - 1, and the row adds up to nothing, also where log Z is large."""
+    weight = torch.zeros(V, D)
+    weight[0, 0], weight[1, 0] = 1.0, 0.993
+    hidden = torch.zeros(1, D)
+    hidden[0, 0] = 1000.0
+    gradient = torch.autograd.grad(
+        linear_cross_entropy(hidden, weight.requires_grad_(), torch.zeros(1, dtype=torch.int64), V).total, weight
+    )[0][:, 0]
+    exact = (hidden.double() @ weight.detach().double().T).softmax(1)[0]
+    exact[0] -= 1
+    assert_close(gradient / 1000, exact, 1e-4)
+    assert abs(gradient.sum()) < 1e-3 * gradient.abs().max()
 
 
 class _Largest(TorchDispatchMode):

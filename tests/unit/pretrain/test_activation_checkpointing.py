@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from model import blockwise_attention
 from model.decoder import Decoder
 from model.init import initialise
 from model.moe import MoE
@@ -128,7 +129,7 @@ def test_matrix_products_of_a_step(kind: str, times: int) -> None:
     assert counts.backward[product] - plain.backward[product] == (times - 1) * 6 * LAYERS
 
 
-def test_a_processors_attention_is_kept_as_one_operation() -> None:
+def test_a_processors_attention_is_kept_as_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its products within, which are scores of all pairs, none is kept; the bits are those of no checkpointing."""
 
     def run(kind: str) -> Step:
@@ -137,10 +138,12 @@ def test_a_processors_attention_is_kept_as_one_operation() -> None:
         initialise(decoder, 0)
         return step(decoder)
 
+    monkeypatch.setattr(blockwise_attention, "TILED_DTYPES", frozenset())
     plain, selective = run("none"), run("selective")
-    product = torch.ops.aten.bmm.default
-    assert plain.forward[product] == 2 * LAYERS
-    assert selective.forward[product] == selective.backward[product] == selective.backward[OPERATOR] == 0
+    for product in (torch.ops.aten.baddbmm.default, torch.ops.aten.bmm.default):
+        assert plain.forward[product] == LAYERS
+        assert selective.forward[product] == selective.backward[product] == 0
+    assert selective.backward[OPERATOR] == 0
     assert selective.forward[OPERATOR] == LAYERS
     assert torch.equal(selective.loss, plain.loss)
     assert all(torch.equal(selective.gradients[name], gradient) for name, gradient in plain.gradients.items())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import loss, token_rows
+from model import blockwise_attention, loss, token_rows
 from model.attention import Attention
 from model.blockwise_attention import BlockwiseAttention, document_spans
 from model.config import ModelConfig
@@ -14,8 +14,10 @@ from model.rope import RotaryTables
 from pretrain.activations import (
     EXPERT_SLOT_MULTIPLE,
     LOSS_CHUNK_TOKENS,
-    LOSS_GRADIENT_ELEMENTS,
+    LOSS_GRADIENT_COLUMNS,
+    LOSS_GRADIENT_ROWS,
     LOSS_SOFTMAX_ELEMENTS,
+    MOST_TILED_QUERIES,
     Work,
     activation_bytes,
     block_activations,
@@ -145,8 +147,12 @@ def test_forward_holds_what_is_accounted() -> None:
 
 
 def test_the_constants_are_those_of_the_loss() -> None:
-    ours = LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS, LOSS_GRADIENT_ELEMENTS
-    assert ours == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS, loss.GRADIENT_ELEMENTS)
+    ours = LOSS_CHUNK_TOKENS, LOSS_SOFTMAX_ELEMENTS, LOSS_GRADIENT_COLUMNS, LOSS_GRADIENT_ROWS
+    assert ours == (loss.CHUNK_TOKENS, loss.SOFTMAX_ELEMENTS, loss.GRADIENT_COLUMNS, loss.GRADIENT_ROWS)
+
+
+def test_the_constant_is_that_of_attention() -> None:
+    assert MOST_TILED_QUERIES == blockwise_attention.MOST_TILED_QUERIES
 
 
 def test_the_constant_is_that_of_the_experts() -> None:
