@@ -1,4 +1,5 @@
-"""How gradients are sent changes no bit between two ranks, whose sums have one order; nor does `deterministic`."""
+"""How gradients are sent changes no bit between two ranks, whose sums have one order; nor does `deterministic`. Nor, for
+a rank alone, that nothing is sent."""
 
 from typing import Any
 
@@ -19,3 +20,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_no_bit_changes(results: dict[str, Any], kind: str, stage: int, how: str) -> None:
     assert results[f"{kind} zero{stage} {how}"] == results[f"{kind} zero{stage} derived"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_cases("tests.dist.alone_cases", 1, tmp_path_factory.mktemp("rank"))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_rank_alone_sums_what_deepspeed_would(alone: dict[str, Any], kind: str, stage: int) -> None:
+    assert alone[f"{kind} zero{stage} at once"] == alone[f"{kind} zero{stage} by deepspeed"]

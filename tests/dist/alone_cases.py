@@ -1,0 +1,23 @@
+"""Cases for test_communication.py on one rank: 4 micro-batches a step, summed at once, and by DeepSpeed's own ways."""
+
+from typing import Any
+
+from pretrain import deepspeed_zero
+from tests.dist.communication_cases import KINDS, trained
+
+
+def by_deepspeed(kind: str, stage: int) -> list[Any]:
+    at_once = deepspeed_zero.sum_where_alone
+    deepspeed_zero.sum_where_alone = lambda engine: None
+    try:
+        return trained(kind, stage)
+    finally:
+        deepspeed_zero.sum_where_alone = at_once
+
+
+CASES = {
+    f"{kind} zero{stage} {name}": lambda kind=kind, stage=stage, run=run: run(kind, stage)
+    for kind in KINDS
+    for stage in (1, 2)
+    for name, run in (("at once", trained), ("by deepspeed", by_deepspeed))
+}
