@@ -1,5 +1,5 @@
-"""How gradients are sent changes no bit between two ranks, whose sums have one order; nor does `deterministic`. Nor, for
-a rank alone, that nothing is sent."""
+"""How gradients are sent changes no bit between two ranks, whose sums have one order; nor does `deterministic`. Nor,
+for a rank alone, that nothing is sent."""
 
 from typing import Any
 
