@@ -33,4 +33,9 @@ def check_profile(request: ProfileRequest | None, ranks: int, first_step: int, l
         )
     for rank in request.ranks:
         if not 0 <= rank < ranks:
-            raise ValueError(f"--profile-rank {rank}: there are {ranks} ranks, so give one from 0 to {ranks - 1}")
+            there_are = (
+                "there is 1 rank, so give 0"
+                if ranks == 1
+                else f"there are {ranks} ranks, so give one from 0 to {ranks - 1}"
+            )
+            raise ValueError(f"--profile-rank {rank}: {there_are}")

@@ -110,7 +110,11 @@ def _limit_in_words(limit: dict[str, Any]) -> str:
 def _overhead_in_words(overhead: dict[str, Any] | None) -> list[str]:
     if overhead is None:
         return []
-    lines = [f"DeepSpeed: the time of steppe's step is the bare loop's and {overhead['of_bare']:+.1%}"]
+    low, median, high = (overhead["of_bare"][name] - 1 for name in ("min", "median", "max"))
+    lines = [
+        f"DeepSpeed: the time of steppe's step is the bare loop's and {median:+.1%} ({low:+.1%} to {high:+.1%}; aim: "
+        f"{overhead['aim'] - 1:+.0%})"
+    ]
     if items := overhead["operators"]:
         words = [f"{item['operator']} {item['seconds'] * 1e3:.0f} ({item['calls']:+.0f})" for item in items]
         lines.append(f"profiled, milliseconds a step (and calls) beyond the bare loop's: {', '.join(words)}")

@@ -25,6 +25,11 @@ def test_a_run_without_a_step_to_profile() -> None:
         check_profile(ProfileRequest(1), ranks=1, first_step=8, last_step=10)
 
 
+def test_a_rank_that_a_run_alone_does_not_have() -> None:
+    with pytest.raises(ValueError, match="--profile-rank 1: there is 1 rank, so give 0"):
+        check_profile(ProfileRequest(1, (1,)), ranks=1, first_step=0, last_step=10)
+
+
 def test_what_can_be_profiled() -> None:
     check_profile(None, ranks=4, first_step=9, last_step=10)
     check_profile(ProfileRequest(10 - WARM_UP_STEPS, (3,)), ranks=4, first_step=0, last_step=10)
