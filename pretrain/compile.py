@@ -33,8 +33,12 @@ def compile_blocks(decoder: Decoder) -> None:
 
     Raises ValueError where there is no C++ compiler.
     """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     check_compiler()
-    os.environ.setdefault(CACHE_FOLDER, str(cache_folder()))
+    # Parts of torch put their own choice into the environment as soon as they are imported.
+    if os.environ.get(CACHE_FOLDER, default_cache_dir()) == default_cache_dir():
+        os.environ[CACHE_FOLDER] = str(cache_folder())
     # torch.compile knows what shape a grouped product has in bf16 only: in other dtypes the graph breaks there.
     uncompiled = torch.compiler.disable(combined)
     for module in decoder.modules():

@@ -133,6 +133,17 @@ def build(model: nn.Module, optimizer: Any, config: dict[str, Any], unit: ModelP
     )
 
 
+def stage_in_fp32(engine: Engine) -> None:
+    """At stage 2 let gradients that are reduced in fp32 wait for it in fp32.
+
+    DeepSpeed's bucket is in 16 bits there, and converted when it is full. That rounds the gradients of what is kept in
+    fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two. The
+    bucket in fp32 takes as much memory as that bucket and its fp32 copy.
+    """
+    if engine.zero_optimization_stage() == 2 and engine.communication_data_type == torch.float32:
+        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+
 def sum_where_alone(engine: Engine) -> None:
     """At stages 1 and 2, where no other rank has this one's parameters, add gradients to their fp32 sums at once.
 

@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         deepspeed_zero.replace_clipping(
             self.engine, self._scaled_grad_norm, lambda: self._shrink, self._skips_sound_gradient
         )
+        deepspeed_zero.stage_in_fp32(self.engine)
         deepspeed_zero.sum_where_alone(self.engine)
         deepspeed_zero.forget_first_step(self.engine)
         if isinstance(optimizer, Muon):

@@ -158,8 +158,8 @@ def _comings_and_goings(
             ("step", gradients, 0, 0),
         ]
 
-    # Gradients are staged in a bucket, and flattened once more to be reduced, stages 1 and 2 converting them then.
-    staged_bytes = {0: FP32, 1: FP32, 2: b, 3: on_the_way}[stage]
+    # Gradients are staged in a bucket, and flattened once more to be reduced, stage 1 converting them then if need be.
+    staged_bytes = {0: FP32, 1: FP32, 2: max(b, on_the_way), 3: on_the_way}[stage]
     turns = 2 if stage in (1, 2) and zero["overlap_comm"] else 1  # stages 1 and 2 fill one bucket while one is reduced
     bucket = turns * staged_bytes * zero["reduce_bucket_size"] if stage else 0
     flushed = min(max(zero["reduce_bucket_size"], held.largest), held.parameters)

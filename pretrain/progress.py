@@ -23,6 +23,7 @@ def counting_bar(unit: str, console: Console) -> Progress:
         console=console,
         expand=True,
         disable=not console.is_terminal,
+        redirect_stdout=False,  # a rank's stdout is its log
     )
 
 

@@ -1,5 +1,7 @@
 """`steppe bench`: what this machine does, beside what it does with the peers."""
 
+import signal
+
 import typer
 
 from launch.bench.checkpoint import checkpoint
@@ -21,3 +23,4 @@ app.command("start")(start)
 @app.callback()  # without it, typer would take the only command for the whole
 def bench() -> None:
     """Measure on this machine, in turn with peers."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: contenders are ended, folders removed

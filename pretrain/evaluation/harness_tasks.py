@@ -24,6 +24,9 @@ from lm_eval.tasks._index import Kind
 
 from pretrain.evaluation.harness import SteppeLM
 
+# For standard errors lm-eval would fork this process and end the copies by SIGTERM. A copy of a process of many threads
+# may wait for ever, and a rank's takes the signal for a wish. The numbers are the same.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 BOOTSTRAP_ITERATIONS = 100_000  # lm-eval's own, for the standard errors of metrics that are no mean
 REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of what lm-eval returns."""

@@ -1,4 +1,7 @@
-"""Cases for test_communication.py on one rank: 4 micro-batches a step, summed at once, and by DeepSpeed's own ways."""
+"""Cases for test_communication.py on one rank: 4 micro-batches a step, summed at once, and by DeepSpeed's own ways.
+
+At stage 2 these round the gradients of routers, which are in fp32, unless they wait in fp32 (`stage_in_fp32`).
+"""
 
 from typing import Any
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,36 @@ def test_all_contenders_do_the_same_work(recipe: str) -> None:
     assert limit["reached"]["steppe"]["median"] == ours["tokens_per_second"]["median"] / limit["tokens_per_second"]
     assert result["overhead"].keys() == {"of_bare", "aim", "operators"}
     print_table(result)
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_is_told_to_end_leaves_nothing_behind(recipe: str, tmp_path: Path) -> None:
+    """SIGTERM, as `timeout` sends it, is Ctrl-C."""
+    words = [sys.executable, "-m", "launch.cli", "bench", "train", "--recipe", recipe, "--peers", "bare"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*words, "--rounds", "1000"], stderr=subprocess.PIPE, text=True, env=environment) as bench:
+        assert bench.stderr is not None
+        while "warming up" not in (line := bench.stderr.readline()):
+            assert line, "it ended by itself"
+        contenders = [child for child in children(bench.pid) if b"train_contender" in command_line(child)]
+        assert len(contenders) == 2
+        bench.terminate()
+        bench.stderr.read()
+    assert bench.returncode == 130
+    assert not any(b"train_contender" in command_line(child) for child in contenders)
+    assert not list(tmp_path.glob("steppe-bench-*"))
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, and theirs."""
+    own = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return own + [grandchild for child in own for grandchild in children(child)]
+
+
+def command_line(pid: int) -> bytes:
+    """Nothing if it has ended."""
+    path = Path(f"/proc/{pid}/cmdline")
+    return path.read_bytes() if path.exists() else b""
 
 
 @pytest.mark.slow

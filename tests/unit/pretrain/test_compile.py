@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._inductor import config as inductor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from model.init import initialise
 from pretrain.compile import CACHE_FOLDER, cache_folder, check_compiler
@@ -31,7 +32,8 @@ def test_compiled_code_is_kept_in_the_users_cache_folder(monkeypatch: pytest.Mon
 
 def test_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = small_config("parallel.compile=true")
-    for given, expected in (("/elsewhere", "/elsewhere"), (None, str(tmp_path / "steppe"))):
+    kept = str(tmp_path / "steppe")
+    for given, expected in (("/elsewhere", "/elsewhere"), (None, kept), (default_cache_dir(), kept)):
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(tmp_path))
             patch.setenv(CACHE_FOLDER, given or "")

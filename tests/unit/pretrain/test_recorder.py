@@ -97,6 +97,16 @@ def test_a_bar_on_a_terminal() -> None:
     assert "loss 0.3000" in bar
 
 
+def test_what_is_printed_beside_a_bar_stays_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is a rank's log: the bar would take it to the terminal."""
+    out = io.StringIO()
+    progress = StepProgress(0, 3, None, Console(file=out, force_terminal=True, width=150))
+    print("for the log")
+    progress.close()
+    assert capsys.readouterr().out == "for the log\n"
+    assert "for the log" not in out.getvalue()
+
+
 def test_a_run_counted_in_tokens_shows_its_length_in_steps() -> None:
     assert "step 1/10" in shown(terminal=False, tokens=40960)
 

@@ -1,6 +1,7 @@
 """Benchmarks through lm-eval: the same tasks asked of our model and of lm-eval's own `hf`, on the same weights."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,16 @@ from pretrain.evaluation.harness_tasks import find_tasks, load_tasks, run_tasks
 from pretrain.load_model import load_model
 from tests.benchmark_tasks import CONTEXT, KINDS, trained_gpt2, trained_llama, write_tasks
 from tests.smollm2 import smollm2, smollm2_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is forked off one that has threads."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a pool of processes")
+
+    monkeypatch.setattr(multiprocessing, "Pool", refuse)
 
 
 @pytest.fixture(scope="module")
