@@ -50,7 +50,7 @@ def compile_blocks(decoder: Decoder) -> None:
 
 def cache_folder() -> Path:
     """Where compiled code is kept, unless the environment says otherwise: in the user's cache folder, by torch's
-    version. torch's own choice lies in /tmp, which a new node or container does not have."""
+    version. torch's own choice lies in /tmp, which a new node or container does not have, and counts as unset."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "steppe" / f"compiled-torch-{torch.__version__}"
 

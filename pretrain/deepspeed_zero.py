@@ -138,7 +138,8 @@ def stage_in_fp32(engine: Engine) -> None:
 
     DeepSpeed's bucket is in 16 bits there, and converted when it is full. That rounds the gradients of what is kept in
     fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two. The
-    bucket in fp32 takes as much memory as that bucket and its fp32 copy.
+    price is 2 bytes an element of a bucket while backward runs; converting it took as much. A gradient larger than a
+    bucket is still reduced where it lies.
     """
     if engine.zero_optimization_stage() == 2 and engine.communication_data_type == torch.float32:
         engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32

@@ -82,11 +82,14 @@ class Contender:
         with suppress(BrokenPipeError):  # it has ended before it read the last question
             self._process.stdin.close()
         try:
-            self._process.wait(timeout=30)
+            if kind is None:
+                self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
+            pass
+        finally:  # after an error, or on its way out of one, nobody waits for its answer
             self._process.kill()
             self._process.wait()
-        self._log.close()
+            self._log.close()
 
     def built(self) -> dict[str, Any]:
         """Wait until it is ready; returns what it says of itself. Raises RuntimeError if it ends instead."""

@@ -24,9 +24,7 @@ from lm_eval.tasks._index import Kind
 
 from pretrain.evaluation.harness import SteppeLM
 
-# For standard errors lm-eval would fork this process and end the copies by SIGTERM. A copy of a process of many threads
-# may wait for ever, and a rank's takes the signal for a wish. The numbers are the same.
-os.environ.setdefault("DISABLE_MULTIPROC", "1")
+ONE_PROCESS = "DISABLE_MULTIPROC"  # lm-eval's
 BOOTSTRAP_ITERATIONS = 100_000  # lm-eval's own, for the standard errors of metrics that are no mean
 REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 """Of what lm-eval returns."""
@@ -94,7 +92,7 @@ def run_tasks(
     Raises ValueError for a task that is broken, or cannot be asked of the model.
     """
     first = model.ranks.rank == 0
-    with _quiet():
+    with _quiet(), _one_process():
         try:
             found = evaluate(
                 model,
@@ -115,6 +113,21 @@ def run_tasks(
         "limit": limit,
     }
     return _plain({**kept, "harness": harness})
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """For standard errors lm-eval would fork this process, and end the copies by SIGTERM. A copy of a process of many
+    threads may wait for ever, and a rank's takes the signal for a wish. The numbers are the same; the few metrics that
+    are no mean (f1, mcc, perplexity) take as many times longer as there are cores."""
+    before = os.environ.get(ONE_PROCESS)
+    os.environ[ONE_PROCESS] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[ONE_PROCESS]
+        if before is not None:
+            os.environ[ONE_PROCESS] = before
 
 
 def _matching(manager: TaskManager, names: Sequence[str]) -> dict[str, list[str]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.evaluation.harness import SteppeLM
 from pretrain.evaluation.harness_job import TasksJob, run_tasks_job
 from pretrain.evaluation.harness_rows import Row, batches
-from pretrain.evaluation.harness_tasks import find_tasks, load_tasks, run_tasks
+from pretrain.evaluation.harness_tasks import ONE_PROCESS, find_tasks, load_tasks, run_tasks
 from pretrain.load_model import load_model
 from tests.benchmark_tasks import CONTEXT, KINDS, trained_gpt2, trained_llama, write_tasks
 from tests.smollm2 import smollm2, smollm2_tokenizer
@@ -56,7 +56,9 @@ def assert_equals_hf(
     ours = SteppeLM(load_model(model), **options)
     found = run_tasks(ours, load_tasks(*find_tasks(names, folder), num_fewshot), samples=True)
     theirs = HFLM(pretrained=str(model), batch_size=3, dtype="float32", device="cpu", **options)
-    expected = evaluate(theirs, load_tasks(*find_tasks(names, folder), num_fewshot))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ONE_PROCESS, "1")
+        expected = evaluate(theirs, load_tasks(*find_tasks(names, folder), num_fewshot))
     for name in expected["results"]:
         for sample, reference in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert sample["arguments"] == json.loads(json.dumps(reference["arguments"]))
