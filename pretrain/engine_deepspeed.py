@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from model.parameters import buffer_shapes
-from pretrain import deepspeed_zero
+from pretrain import deepspeed_reduction, deepspeed_zero
 from pretrain.boxes import Box, Piece, boxes_of_range
 from pretrain.config import RunConfig
 from pretrain.deepspeed_config import deepspeed_config
@@ -71,8 +71,8 @@ class DeepSpeedEngine:
         deepspeed_zero.replace_clipping(
             self.engine, self._scaled_grad_norm, lambda: self._shrink, self._skips_sound_gradient
         )
-        deepspeed_zero.stage_in_fp32(self.engine)
-        deepspeed_zero.sum_where_alone(self.engine)
+        deepspeed_reduction.stage_in_fp32(self.engine)
+        deepspeed_reduction.sum_where_alone(self.engine)
         deepspeed_zero.forget_first_step(self.engine)
         if isinstance(optimizer, Muon):
             optimizer.orthogonalizer = self._sharded_orthogonalizer()
@@ -127,7 +127,7 @@ class DeepSpeedEngine:
     def timed(self, clock: RegionClock) -> Iterator[None]:
         """See Engine."""
         self._at = clock.at
-        with deepspeed_zero.around_reductions(self.engine, lambda: clock.inside("reduction")):
+        with deepspeed_reduction.around_reductions(self.engine, lambda: clock.inside("reduction")):
             yield
         self._at = untimed
 

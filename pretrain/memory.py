@@ -151,7 +151,7 @@ def _comings_and_goings(
 
     alone = all(len(layout.group_of(0, axis)) == 1 for axis in ("token", "expert_data"))
     if alone and stage in (1, 2) and b < FP32 and parallel.offload_optimizer == "none":
-        # Nothing is reduced: `deepspeed_zero.sum_where_alone`.
+        # Nothing is reduced: `deepspeed_reduction.sum_where_alone`.
         return [
             ("loss", before, kept, loss_bytes(config.model, work)),
             ("backward", gradients, kept + recomputed, (b + FP32) * held.head),

@@ -5,17 +5,17 @@ At stage 2 these round the gradients of routers, which are in fp32, unless they 
 
 from typing import Any
 
-from pretrain import deepspeed_zero
+from pretrain import deepspeed_reduction
 from tests.dist.communication_cases import KINDS, trained
 
 
 def by_deepspeed(kind: str, stage: int) -> list[Any]:
-    at_once = deepspeed_zero.sum_where_alone
-    deepspeed_zero.sum_where_alone = lambda engine: None
+    at_once = deepspeed_reduction.sum_where_alone
+    deepspeed_reduction.sum_where_alone = lambda engine: None
     try:
         return trained(kind, stage)
     finally:
-        deepspeed_zero.sum_where_alone = at_once
+        deepspeed_reduction.sum_where_alone = at_once
 
 
 CASES = {

@@ -48,7 +48,16 @@ def test_one_fault_after_another(cluster: Cluster, reference: Reference, setting
     assert "rank 1" in run.attempts("attempt_end")[-1]["outcome"]["message"]
 
     # Slurm takes the nodes away: the run saves where it is, and goes on when they are free again.
-    other = cluster.ask("sbatch", "--parsable", "--partition=high", "--nodes=4", "--exclusive", "--wrap", "sleep 600")
+    other = cluster.ask(
+        "sbatch",
+        "--parsable",
+        "--partition=high",
+        "--nodes=4",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap",
+        "sleep 600",
+    )
     run.wait_for_attempts(1, "signal")
     run.python.remove(preempted)
     wait_for("the other job to run", lambda: cluster.jobs(int(other))[int(other)]["state"] == "RUNNING")
