@@ -208,15 +208,15 @@ def softmax_loss(
     for start in range(0, C, rows):
         piece = slice(start, min(start + rows, C))
         p_RV = buffer[: piece.stop - start].copy_(logits_CV[piece])
-        max_R = p_RV.amax(dim=1)
-        torch.softmax(p_RV, dim=1, out=p_RV)
-        # Softmax keeps its sum to itself. The largest probability, 1 / V or more, is that sum's inverse.
-        own_log_partition_R = max_R - p_RV.amax(dim=1).log()
+        max_R1 = p_RV.amax(dim=1, keepdim=True)
+        # By hand: torch.softmax keeps its sum to itself, and has a pass of its own to divide by it.
+        sum_R = p_RV.sub_(max_R1).exp_().sum(dim=1)
+        own_log_partition_R = sum_R.log() + max_R1[:, 0]
         log_partition_R, target_logit_C[piece] = _of_all_parts(own_log_partition_R, target_logit_C[piece], part)
         log_partition_C[piece] = log_partition_R
         if needs_grad:
             share_R = (own_log_partition_R - log_partition_R).exp()  # of all probability, in this part
-            p_RV *= (valid_C[piece] * share_R * (1 + 2 * z_loss * log_partition_R))[:, None]
+            p_RV *= (valid_C[piece] * share_R * (1 + 2 * z_loss * log_partition_R) / sum_R)[:, None]
             p_target_C[piece] = p_RV[place_C[: len(p_RV)], row_C[piece]]
             logits_CV[piece] = p_RV
     if needs_grad:
