@@ -69,7 +69,7 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
     """
     # The launcher's own remarks would drown the one line that a user needs.
     os.environ.setdefault("LOGLEVEL", "CRITICAL")
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -79,6 +79,8 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
         nproc_per_node=nproc,
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
+        # Ranks say themselves how they failed; a folder for the launcher's own reports would stay behind.
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.
         signals_to_handle="SIGTERM,SIGINT",
     )

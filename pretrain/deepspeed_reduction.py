@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+from torch import Tensor, nn
 
 from pretrain.deepspeed_zero import Engine
 
@@ -18,49 +19,74 @@ def stage_in_fp32(engine: Engine) -> None:
     """At stage 2 let gradients that are reduced in fp32 wait for it in fp32.
 
     DeepSpeed's bucket is in 16 bits there, and converted when it is full. That rounds the gradients of what is kept in
-    fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two. The
-    price is 2 bytes an element of a bucket while backward runs; converting it took as much. A gradient larger than a
-    bucket is still reduced where it lies.
+    fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two; so
+    does a gradient by itself that is larger than a bucket. The price is 2 bytes an element of a bucket while backward
+    runs; converting it took as much.
     """
-    if engine.zero_optimization_stage() == 2 and engine.communication_data_type == torch.float32:
-        engine.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+    if engine.zero_optimization_stage() != 2 or engine.communication_data_type != torch.float32:
+        return
+    zero = engine.optimizer
+    zero._gradient_reduction_buffer_dtype = lambda: torch.float32
+    average = zero.average_tensor
+    if _sums_in_fp32(zero):  # it adds what is reduced to these, and leaves the tensor to be forgotten
+        zero.average_tensor = lambda tensor, dtype: average(tensor.to(dtype), dtype)
+
+
+def _sums_in_fp32(zero: Any) -> bool:
+    """Whether the sums of a 16-bit model's gradients are side by side in one fp32 tensor for each group."""
+    return all(zero._use_compact_grad_partition_buffer(index) for index in range(len(zero.bit16_groups)))
 
 
 def sum_where_alone(engine: Engine) -> None:
     """At stages 1 and 2, where no other rank has this one's parameters, add gradients to their fp32 sums at once.
 
     DeepSpeed would copy them to fp32, into a bucket, divide them by one, reduce the bucket over one rank, add it to the
-    sums and copy it back: five passes over all gradients, and twice their memory. A step's first micro-batch is copied:
-    to add it, torch would first make an fp32 copy of it.
+    sums, which it has zeroed, and copy it back: six passes over all gradients, and twice their memory. A step's first
+    micro-batch is copied: to add it, torch would first make an fp32 copy of it.
     """
     zero = engine.optimizer
     if (
         engine.zero_optimization_stage() not in (1, 2)
         or zero.cpu_offload
         or any(dist.get_world_size(group) > 1 for group in zero.real_dp_process_group)
-        or not all(zero._use_compact_grad_partition_buffer(index) for index in range(len(zero.bit16_groups)))
+        or not _sums_in_fp32(zero)
     ):
         return
 
-    summed: dict[int, set[int]] = {}  # parameters by group, whose sums have begun
+    waiting: dict[int, dict[int, Tensor]] = {}  # by group and parameter, the sums of this step that have not begun
+
+    def empty_sums(group: int) -> GradPartitionBufferGroup:
+        """One flat tensor, and a view of it for each parameter: as DeepSpeed makes them, but not zeroed."""
+        parameters = zero.params_in_partition[group]
+        flat = torch.empty(int(zero.partition_size[group]), dtype=torch.float32, device=parameters[0].device)
+        sizes = [parameter.numel() for parameter in parameters]
+        *sums, padding = flat.split([*sizes, len(flat) - sum(sizes)])
+        waiting[group] = {zero.get_param_id(parameter): own for parameter, own in zip(parameters, sums, strict=True)}
+        padding.zero_()._zero_padding = True
+        views = [own.view(parameter.shape) for parameter, own in zip(parameters, sums, strict=True)]
+        return GradPartitionBufferGroup([*views, padding], flat)
 
     def add(parameter: nn.Parameter, group: int) -> None:
         if parameter.grad is None:
             return
-        if zero.averaged_gradients.get(group) is None:
-            summed[group] = set()
         number = zero.get_param_id(parameter)
         sums = zero._get_compact_grad_partition_slice(group, 0, number, parameter.numel())
-        begun = summed.setdefault(group, set())
-        if number in begun:
+        if waiting[group].pop(number, None) is None:
             sums.add_(parameter.grad.view(-1))
         else:
             sums.copy_(parameter.grad.view(-1))
-            begun.add(number)
         parameter.grad = None
 
+    def after_backward(comm_dtype: Any = None) -> None:
+        """Zero what got no gradient."""
+        for group in range(len(zero.bit16_groups)):
+            zero._get_compact_grad_partition_buffer(group)
+            while waiting[group]:
+                waiting[group].popitem()[1].zero_()
+
+    zero._build_compact_grad_partition_buffer = empty_sums
     zero.process_gradients = add
-    zero.reduce_ipg_grads = lambda comm_dtype=None: None
+    zero.reduce_ipg_grads = after_backward
 
 
 @contextmanager

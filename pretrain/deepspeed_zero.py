@@ -23,6 +23,7 @@ from pretrain.parallel_dims import ParallelDims
 from pretrain.placement import Placement
 
 EXPERTS = "experts"  # DeepSpeed's name for the one family of expert-parallel groups
+NORM_ELEMENTS = 1 << 22
 
 
 class Engine(DeepSpeedEngine):
@@ -187,8 +188,13 @@ def squared_gradient_norms(engine: Engine) -> Iterator[tuple[nn.Parameter, Tenso
 
 
 def squared_norm(gradient: Tensor) -> Tensor:
-    """Squared L2 norm, fp64, without a copy of the gradient: its elements are fp32 and summed as such."""
-    return torch.linalg.vector_norm(gradient).double().square()
+    """Squared L2 norm, fp64, of fp32 elements, without a copy of them: pieces are summed in fp32, their sums in fp64.
+
+    torch's norm adds up all elements in a few fp32 numbers on a processor: of 16 million it finds 0.16 % too little,
+    and takes three times as long.
+    """
+    pieces = gradient.flatten().split(NORM_ELEMENTS)
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).double().sum()
 
 
 def replace_clipping(

@@ -26,7 +26,7 @@ def check_profile(request: ProfileRequest | None, ranks: int, first_step: int, l
         raise ValueError(f"--profile {steps}: give a number of steps, 1 or more")
     if last_step is not None and first_step + WARM_UP_STEPS + steps > last_step:
         most = max(0, last_step - first_step - WARM_UP_STEPS)
-        remedy = f"use --profile {most}" if most else "leave it out, or make the run longer (schedule.total_steps)"
+        remedy = f"use --profile {most}" if most else "leave it out, or end later (schedule.total_steps, --stop-after)"
         raise ValueError(
             f"--profile {steps}: from step {first_step + 1} to the last one, step {last_step}, there are {most} steps "
             f"after the {WARM_UP_STEPS} that warm up: {remedy}"

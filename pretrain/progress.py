@@ -43,7 +43,7 @@ class StepProgress:
     ) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self.first, self.total_steps, self.total_tokens = first_step, total_steps, total_tokens
-        self.started = self.last_line = time.monotonic()
+        self.first_done = self.last_line = time.monotonic()
         self.bar: Progress | None = None
         if self.console.is_terminal:
             self.bar = counting_bar("step", self.console)
@@ -60,9 +60,8 @@ class StepProgress:
         if self.bar is not None:
             self.bar.update(self.task, completed=event["step"], total=total, figures=figures)
         elif self._line_is_due(event["step"], total):
-            pace = (time.monotonic() - self.started) / max(1, event["step"] - self.first)
-            left = pace * (total - event["step"])
-            self.say(f"step {event['step']}/{total}  {figures}  grad norm {event['grad_norm']:.3f}  {left:,.0f} s left")
+            left = self._time_left(event["step"], total)
+            self.say(f"step {event['step']}/{total}  {figures}  grad norm {event['grad_norm']:.3f}{left}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -80,6 +79,14 @@ class StepProgress:
         assert self.total_tokens is not None
         left = max(0, self.total_tokens - event["tokens"])
         return event["step"] + -(-left // max(1, event["tokens_in_step"]))
+
+    def _time_left(self, step: int, total: int) -> str:
+        """At the pace of the steps after the first one, which finds memory and compiles; after it nothing is known."""
+        now, steps = time.monotonic(), step - self.first - 1
+        if steps < 1:
+            self.first_done = now
+            return ""
+        return f"  {(now - self.first_done) / steps * (total - step):,.0f} s left"
 
     def _line_is_due(self, step: int, total: int) -> bool:
         now = time.monotonic()

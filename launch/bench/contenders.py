@@ -47,10 +47,12 @@ LITGPT_NEEDS = ("litgpt", "lightning", "lightning_utilities", "torchmetrics")
 GET_LITGPT = "pip install --no-deps litgpt lightning lightning-utilities torchmetrics"
 
 
-def peers_of(model: "ModelConfig", asked: str, nanogpt: Path | None = None) -> tuple[list[str], dict[str, str]]:
+def peers_of(
+    model: "ModelConfig", asked: str | None = None, nanogpt: Path | None = None
+) -> tuple[list[str], dict[str, str]]:
     """Whom to compare with, and why others are left out, by name.
 
-    asked: families or contenders, separated by commas; if empty all that there are here for such a model.
+    asked: families or contenders, separated by commas; None: all that there are here for such a model.
     nanogpt: a clone of it.
 
     Raises ValueError for one that there is not, or that is asked for and cannot take part, with the remedy; and for a
@@ -58,8 +60,17 @@ def peers_of(model: "ModelConfig", asked: str, nanogpt: Path | None = None) -> t
     """
     if nanogpt is not None and not (nanogpt / "model.py").is_file():
         raise ValueError(f"--nanogpt {nanogpt} has no model.py: name the folder of a clone of karpathy/nanoGPT")
+    if asked is None:
+        obstacles = {name: _obstacle(name, model, nanogpt) for family in FAMILIES.values() for name in family}
+        left_out = {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
+        return [name for name in obstacles if name not in left_out], left_out
+    words = [word.strip() for word in asked.split(",") if word.strip()]
+    if not words:
+        raise ValueError(
+            f"--peers {asked!r} names nobody: choose from {', '.join(FAMILIES)}, or leave it out for all that are here"
+        )
     names: list[str] = []
-    for word in filter(None, (word.strip() for word in asked.split(","))):
+    for word in words:
         if word not in FAMILIES and word not in sum(FAMILIES.values(), ()):
             raise ValueError(
                 f"--peers {word} is not known: choose from {', '.join(FAMILIES)}, or a variant "
@@ -69,11 +80,7 @@ def peers_of(model: "ModelConfig", asked: str, nanogpt: Path | None = None) -> t
         if not variants:
             raise ValueError(f"--peers {word}: {_obstacle(FAMILIES.get(word, (word,))[0], model, nanogpt)}")
         names += variants
-    if names:
-        return list(dict.fromkeys(names)), {}
-    obstacles = {name: _obstacle(name, model, nanogpt) for family in FAMILIES.values() for name in family}
-    left_out = {name: obstacle for name, obstacle in obstacles.items() if obstacle is not None}
-    return [name for name in obstacles if name not in left_out], left_out
+    return list(dict.fromkeys(names)), {}
 
 
 def _obstacle(name: str, model: "ModelConfig", nanogpt: Path | None) -> str | None:

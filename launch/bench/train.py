@@ -32,12 +32,12 @@ def train(
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sequence.")] = 512,
     micro_batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a step, of each rank.")] = 8,
     peers: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"Whom to compare with, of {', '.join(FAMILIES)}, or single variants of them, separated by commas. "
             f"All that are there by default. litgpt: {GET_LITGPT}. nanogpt: a clone of karpathy/nanoGPT."
         ),
-    ] = "",
+    ] = None,
     nanogpt: Annotated[Path | None, typer.Option(help="The folder of a clone of karpathy/nanoGPT.")] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; may be repeated.")
@@ -58,7 +58,7 @@ def train(
 
     config = bench_config(recipe, sequence_length, micro_batch_size, overrides, zero_stage, ranks)
     if ranks > 1:
-        if peers or nanogpt or keep_memory:
+        if peers is not None or nanogpt or keep_memory:
             raise ValueError(
                 f"--ranks {ranks} compares Steppe with itself: leave out --peers, --nanogpt, --keep-memory"
             )
@@ -96,6 +96,8 @@ def bench_config(
         "batch.global_batch_size": micro_batch_size * ranks,
         "batch.micro_batch_size": micro_batch_size,
     }
+    if ranks == 1:  # there it is a contender
+        fixed["parallel.compile"] = False
     config = load_config(
         recipe_path(recipe),
         [
@@ -111,7 +113,7 @@ def bench_config(
         if (chosen := getattr(getattr(config, section) if section else config, name)) != value:
             raise ValueError(
                 f"--set {key}={chosen}: what is measured has {json.dumps(value)}, as do all that it is compared with; "
-                "leave it out, or see the options of steppe bench train"
+                "leave it out, or see the options and peers of steppe bench train"
             )
     return config
 
@@ -121,7 +123,7 @@ def run(
     config: "RunConfig",
     rounds: int,
     steps: int,
-    peers: str = "",
+    peers: str | None = None,
     nanogpt: Path | None = None,
     keep_memory: bool = False,
 ) -> dict[str, Any]:

@@ -9,18 +9,23 @@ from pretrain import deepspeed_reduction
 from tests.dist.communication_cases import KINDS, trained
 
 
-def by_deepspeed(kind: str, stage: int) -> list[Any]:
+def by_deepspeed(kind: str, stage: int, idle: bool = False) -> list[Any]:
     at_once = deepspeed_reduction.sum_where_alone
     deepspeed_reduction.sum_where_alone = lambda engine: None
     try:
-        return trained(kind, stage)
+        return trained(kind, stage, idle=idle)
     finally:
         deepspeed_reduction.sum_where_alone = at_once
 
 
+WAYS = {"at once": trained, "by deepspeed": by_deepspeed}
 CASES = {
-    f"{kind} zero{stage} {name}": lambda kind=kind, stage=stage, run=run: run(kind, stage)
+    f"{kind} zero{stage} {way}": lambda kind=kind, stage=stage, run=run: run(kind, stage)
     for kind in KINDS
     for stage in (1, 2)
-    for name, run in (("at once", trained), ("by deepspeed", by_deepspeed))
+    for way, run in WAYS.items()
+} | {
+    f"idle zero{stage} {way}": lambda stage=stage, run=run: run("dense", stage, idle=True)
+    for stage in (1, 2)
+    for way, run in WAYS.items()
 }

@@ -20,13 +20,18 @@ BUCKETS = {
 }
 
 
-def trained(kind: str, stage: int, *overrides: str) -> list[Any]:
-    """[loss, grad_norm] of each step in bf16, and a digest of what this rank then holds of masters and moments."""
+def trained(kind: str, stage: int, *overrides: str, idle: bool = False) -> list[Any]:
+    """[loss, grad_norm] of each step in bf16, and a digest of what this rank then holds of masters and moments.
+
+    idle: from the second step on the first layer's MLP is left out, whose weights then have no gradient.
+    """
     config = small_config("precision=bf16", f"model.moe={MODELS[kind]}", f"parallel.zero_stage={stage}", *overrides)
     dims = ParallelDims.of_this_rank(config)
     engine = build_engine(config, DEVICE, dims)
     curve = []
     for step in range(STEPS):
+        if idle and step == 1:
+            engine.engine.module.layers[0].mlp.forward = torch.zeros_like
         status = agree(engine.train_step(rank_batches(config, step, dims.data_rank, dims.data_world), lr=1e-3))
         curve.append([status.loss, status.grad_norm])
     digest = hashlib.sha256()

@@ -91,13 +91,13 @@ def test_a_family_stands_for_its_variants(clone: Path) -> None:
 
 def test_all_that_there_are_take_part_by_default(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "LITGPT_NEEDS", ("no_such_package",))
-    names, left_out = peers_of(DENSE, "")
+    names, left_out = peers_of(DENSE)
     assert names == ["steppe-compiled", "bare", *FAMILIES["transformers"]]
     assert left_out.keys() == {"steppe-dense", *FAMILIES["litgpt"], *FAMILIES["nanogpt"]}
     assert left_out["litgpt-mixed"].startswith("litgpt is not installed here: pip install --no-deps litgpt ")
     monkeypatch.setattr(contenders, "LITGPT_NEEDS", ("torch",))
-    assert peers_of(DENSE, "", clone)[1].keys() == {"steppe-dense"}
-    names, left_out = peers_of(SPARSE, "", clone)
+    assert peers_of(DENSE, nanogpt=clone)[1].keys() == {"steppe-dense"}
+    names, left_out = peers_of(SPARSE, nanogpt=clone)
     assert names == ["steppe-compiled", "bare", "steppe-dense", "transformers-mixed", "transformers-bf16"]
     assert left_out["nanogpt-mixed"] == "it has no experts: leave it out"
 
@@ -105,6 +105,7 @@ def test_all_that_there_are_take_part_by_default(clone: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("asked", "model", "needed"),
     [
+        (" ,", DENSE, "--peers ' ,' names nobody: choose from .*, or leave it out for all that are here"),
         ("megatron", DENSE, "--peers megatron is not known: choose from steppe-compiled, bare, "),
         ("steppe-dense", DENSE, "--peers steppe-dense: it is for a recipe with experts, and this one has none"),
         ("nanogpt", DENSE, "--peers nanogpt: it is not a package: clone karpathy/nanoGPT .* --nanogpt FOLDER"),
@@ -135,7 +136,7 @@ def test_a_peer_that_is_not_there_is_refused_with_its_remedy(tmp_path: Path, mon
 
 def test_without_a_compiler_nothing_is_compiled(clone: Path) -> None:
     with inductor.patch({"cpp.cxx": ("no-such-compiler",)}):
-        names, left_out = peers_of(DENSE, "bare,transformers,nanogpt", clone)[0], peers_of(DENSE, "")[1]
+        names, left_out = peers_of(DENSE, "bare,transformers,nanogpt", clone)[0], peers_of(DENSE)[1]
         with pytest.raises(ValueError, match=r"--peers steppe-compiled: it needs a C\+\+ compiler, .*: install g\+\+"):
             peers_of(DENSE, "steppe-compiled")
     assert names == ["bare", "transformers-mixed", "transformers-bf16", "nanogpt-mixed"]

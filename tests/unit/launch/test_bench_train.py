@@ -220,6 +220,7 @@ def test_what_all_have_in_common_is_not_overridden(recipe: str) -> None:
         "data.sequence_length=32",
         "batch.micro_batch_size=2",
         "parallel.zero_stage=3",
+        "parallel.compile=True",
     ):
         with pytest.raises(ValueError, match=f"--set {override}: what is measured has .*; leave it out"):
             bench_config(recipe, 16, 4, [override])

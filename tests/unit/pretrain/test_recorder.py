@@ -4,6 +4,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -89,6 +90,19 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert first.startswith("step 1/3  loss 0.3000  lr 1.00e-03  10,000 tok/s  MFU 50.0%  grad norm 0.333")
     assert last.startswith("step 3/3")
     assert saved == "saved"
+
+
+def test_the_time_left_is_that_of_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which compiles: 100 s, and the others 10 s each."""
+    times = iter([0.0, *(100.0 + 10 * step for step in range(4) for _ in range(2))])
+    monkeypatch.setattr("pretrain.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
+    out = io.StringIO()
+    shown_steps = StepProgress(5, 20, None, Console(file=out, force_terminal=False, width=150))
+    for step in range(6, 10):
+        shown_steps.step({**STEP, "step": step, "tokens": step * 4096})
+    first, *others = out.getvalue().splitlines()
+    assert first.endswith("grad norm 0.333")
+    assert [line.rpartition("  ")[2] for line in others] == ["130 s left", "120 s left", "110 s left"]
 
 
 def test_a_bar_on_a_terminal() -> None:
