@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -74,15 +75,16 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Its own reports on ranks, which nobody reads: ranks say themselves how they failed.
+    reports = tempfile.TemporaryDirectory(prefix="steppe-ranks-")
     config = LaunchConfig(
         **(HERE | {"run_id": uuid.uuid4().hex} if meeting is None else meeting.launch_options),
         nproc_per_node=nproc,
         max_restarts=0,
         shutdown_timeout=GRACE_SECONDS,
-        # Ranks say themselves how they failed; a folder for the launcher's own reports would stay behind.
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         # Not SIGHUP: a run started with nohup goes on when its terminal is gone.
         signals_to_handle="SIGTERM,SIGINT",
+        logs_specs=DefaultLogsSpecs(log_dir=reports.name),
     )
     os.environ[LAUNCHER] = str(os.getpid())
     # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. It is unset
@@ -90,7 +92,8 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
     chosen = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     try:
-        elastic_launch(config, sys.executable)("-P", "-m", module, *args)
+        with reports:
+            elastic_launch(config, sys.executable)("-P", "-m", module, *args)
     except ChildFailedError as error:
         raise culprit(error.failures) from None
     except SignalException as error:

@@ -19,17 +19,24 @@ def stage_in_fp32(engine: Engine) -> None:
     """At stage 2 let gradients that are reduced in fp32 wait for it in fp32.
 
     DeepSpeed's bucket is in 16 bits there, and converted when it is full. That rounds the gradients of what is kept in
-    fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two; so
-    does a gradient by itself that is larger than a bucket. The price is 2 bytes an element of a bucket while backward
-    runs; converting it took as much.
+    fp32 (routers), and all of them once more where they are divided by a number of ranks that is no power of two. A
+    gradient that is larger than a bucket, and goes by itself, it divides in 16 bits, too. The price is 2 bytes an
+    element of a bucket while backward runs; converting it took as much.
     """
+    zero = engine.optimizer
     if engine.zero_optimization_stage() != 2 or engine.communication_data_type != torch.float32:
         return
-    zero = engine.optimizer
     zero._gradient_reduction_buffer_dtype = lambda: torch.float32
     average = zero.average_tensor
+
+    def average_in_fp32(tensor: Tensor, dtype: torch.dtype) -> None:
+        converted = tensor.to(dtype)
+        if converted is not tensor and zero.overlap_comm and zero.reduction_stream is not None:
+            converted.record_stream(zero.reduction_stream)  # used there after it is let go of here
+        average(converted, dtype)
+
     if _sums_in_fp32(zero):  # it adds what is reduced to these, and leaves the tensor to be forgotten
-        zero.average_tensor = lambda tensor, dtype: average(tensor.to(dtype), dtype)
+        zero.average_tensor = average_in_fp32
 
 
 def _sums_in_fp32(zero: Any) -> bool:

@@ -165,7 +165,7 @@ def _comings_and_goings(
     flushed = min(max(zero["reduce_bucket_size"], held.largest), held.parameters)
     copies = flushed * (staged_bytes + (on_the_way if stage in (1, 2) and on_the_way != staged_bytes else 0))
     if stage == 2 and b < on_the_way and held.largest > zero["reduce_bucket_size"]:
-        copies += b * held.largest  # too large for the bucket: flattened in its own dtype, and then converted
+        copies += on_the_way * held.largest  # too large for the bucket: converted, and then flattened
     reuse = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]
     gathered = b * min(held.parameters, reuse) if stage == 3 else 0
     # Stage 3 has the bucket always. Stages 1 and 2 make it as backward begins and let go of it once all is reduced:

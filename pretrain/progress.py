@@ -57,6 +57,8 @@ class StepProgress:
             f"MFU {event['mfu']:.1%}"
         )
         total = self._total_steps(event)
+        if event["step"] <= self.first + 1:
+            self.first_done = time.monotonic()
         if self.bar is not None:
             self.bar.update(self.task, completed=event["step"], total=total, figures=figures)
         elif self._line_is_due(event["step"], total):
@@ -82,11 +84,8 @@ class StepProgress:
 
     def _time_left(self, step: int, total: int) -> str:
         """At the pace of the steps after the first one, which finds memory and compiles; after it nothing is known."""
-        now, steps = time.monotonic(), step - self.first - 1
-        if steps < 1:
-            self.first_done = now
-            return ""
-        return f"  {(now - self.first_done) / steps * (total - step):,.0f} s left"
+        steps = step - self.first - 1
+        return f"  {(time.monotonic() - self.first_done) / steps * (total - step):,.0f} s left" if steps > 0 else ""
 
     def _line_is_due(self, step: int, total: int) -> bool:
         now = time.monotonic()

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from pretrain.config import RunConfig
-from pretrain.deepspeed_zero import shrink, squared_norm
+from pretrain.deepspeed_zero import shrink
+from pretrain.gradient_norm import squared_norm
 from pretrain.optimizers import build_optimizer, ensure_state, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.placement import kept_beside_zero

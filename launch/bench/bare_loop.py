@@ -9,6 +9,7 @@ from data_pipeline.batch import Batch
 from model.init import initial_value
 from pretrain.config import RunConfig
 from pretrain.engine import DTYPES, balance_experts, decoder_inputs
+from pretrain.gradient_norm import squared_norm
 from pretrain.optimizers import build_optimizer, parameter_groups
 from pretrain.parallel_dims import ParallelDims
 from pretrain.parallelize import parallelize
@@ -38,7 +39,8 @@ def bare_step(config: RunConfig, device: torch.device) -> Callable[[Batch], floa
             assert parameter.grad is not None
             masters[name].grad, parameter.grad = parameter.grad.float(), None
         if config.optimizer.grad_clip:
-            nn.utils.clip_grad_norm_(masters.values(), config.optimizer.grad_clip)
+            squared = torch.stack([squared_norm(master.grad) for master in masters.values() if master.grad is not None])
+            nn.utils.clip_grads_with_norm_(masters.values(), config.optimizer.grad_clip, squared.sum().sqrt().float())
         optimizer.step()
         optimizer.zero_grad()
         _copy(masters, parameters)

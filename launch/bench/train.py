@@ -96,7 +96,7 @@ def bench_config(
         "batch.global_batch_size": micro_batch_size * ranks,
         "batch.micro_batch_size": micro_batch_size,
     }
-    if ranks == 1:  # there it is a contender
+    if ranks == 1:  # compiled, Steppe is a contender of its own
         fixed["parallel.compile"] = False
     config = load_config(
         recipe_path(recipe),
@@ -112,7 +112,7 @@ def bench_config(
         section, _, name = key.rpartition(".")
         if (chosen := getattr(getattr(config, section) if section else config, name)) != value:
             raise ValueError(
-                f"--set {key}={chosen}: what is measured has {json.dumps(value)}, as do all that it is compared with; "
+                f"--set {key}={chosen}: what is measured has {json.dumps(value)}, which all ratios are of; "
                 "leave it out, or see the options and peers of steppe bench train"
             )
     return config

@@ -94,11 +94,12 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 
 def test_the_time_left_is_that_of_the_steps_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which compiles: 100 s, and the others 10 s each."""
-    times = iter([0.0, *(100.0 + 10 * step for step in range(4) for _ in range(2))])
-    monkeypatch.setattr("pretrain.progress.time", SimpleNamespace(monotonic=lambda: next(times)))
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("pretrain.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     out = io.StringIO()
     shown_steps = StepProgress(5, 20, None, Console(file=out, force_terminal=False, width=150))
     for step in range(6, 10):
+        clock.now += 100 if step == 6 else 10
         shown_steps.step({**STEP, "step": step, "tokens": step * 4096})
     first, *others = out.getvalue().splitlines()
     assert first.endswith("grad norm 0.333")
