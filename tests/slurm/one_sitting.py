@@ -108,7 +108,7 @@ class Sitting:
         self.some_steps(start=3)
         self.say("a job of a higher partition takes all nodes for 20 seconds")
         words = ("--partition=high", f"--nodes={self.cluster.nodes}", "--exclusive", "--output=/dev/null")
-        self.cluster.ask("sbatch", *words, "--output=/dev/null", "--wrap", "sleep 20")
+        self.cluster.ask("sbatch", *words, "--wrap", "sleep 20")
         run.wait_for("the preemption", lambda: self.ended(3), seconds=600)
 
         self.some_steps(start=4)
