@@ -9,6 +9,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.environment_variables import added_to_environment
+from pretrain.host_memory import malloc_environment
 from pretrain.stop import LAUNCHER
 
 # How long ranks may take to finish a step and save, once asked to stop, before they are killed.
@@ -86,22 +88,17 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
         signals_to_handle="SIGTERM,SIGINT",
         logs_specs=DefaultLogsSpecs(log_dir=reports.name),
     )
-    os.environ[LAUNCHER] = str(os.getpid())
-    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. It is unset
-    # again: this process may start another number of ranks, as a rehearsal does.
-    chosen = "OMP_NUM_THREADS" in os.environ
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. For as long as
+    # they run: this process may start another number of ranks, as a rehearsal does.
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+    ours = {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads, **malloc_environment(os.environ)}
     try:
-        with reports:
+        with reports, added_to_environment(ours):
             elastic_launch(config, sys.executable)("-P", "-m", module, *args)
     except ChildFailedError as error:
         raise culprit(error.failures) from None
     except SignalException as error:
         raise StoppedError(str(error)) from None
-    finally:
-        del os.environ[LAUNCHER]
-        if not chosen:
-            del os.environ["OMP_NUM_THREADS"]
 
 
 def culprit(failures: dict[int, Any]) -> RanksError:

@@ -29,6 +29,7 @@ CONTENDERS = {
 }
 COMPILED = "steppe-compiled"
 DENSE = "steppe-dense"
+OURS = ("steppe", COMPILED, "bare", DENSE)
 EAGER = "transformers-mixed"  # whose memory is the measure
 # What a user calls them: a name stands for all of its variants.
 FAMILIES = {

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launch.bench.contenders import COMPILED, CONTENDERS, DENSE, EAGER, FAMILIES, GET_LITGPT, OWN_WEIGHTS, peers_of
+from launch.bench.contenders import (
+    COMPILED,
+    CONTENDERS,
+    DENSE,
+    EAGER,
+    FAMILIES,
+    GET_LITGPT,
+    OURS,
+    OWN_WEIGHTS,
+    peers_of,
+)
 from launch.bench.data_tables import say
 
 if TYPE_CHECKING:
@@ -154,7 +164,15 @@ def run(
         contenders, built = {}, {}
         for name in names:
             say(f"building {name}")
-            contender = stack.enter_context(Contender(name, "launch.bench.train_contender", [name, str(path)], threads))
+            contender = stack.enter_context(
+                Contender(
+                    name,
+                    "launch.bench.train_contender",
+                    [name, str(path)],
+                    threads,
+                    keeps_memory=keep_memory or name in OURS,
+                )
+            )
             built[name] = contender.built()
             contenders[name] = contender
         warm_up = take_turns(

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from launch.bench.bare_loop import bare_step
-from launch.bench.contenders import CONTENDERS
+from launch.bench.contenders import CONTENDERS, OURS
 from launch.bench.dense_counterpart import dense_counterpart
 from launch.bench.litgpt_peer import litgpt_step
 from launch.bench.nanogpt_peer import nanogpt_step
@@ -149,7 +149,6 @@ BUILDERS: dict[str, Build] = {
     "nanogpt-mixed-compiled": nanogpt(compiled=True),
 }
 assert BUILDERS.keys() == CONTENDERS.keys()
-OURS = ("steppe", "steppe-compiled", "bare", "steppe-dense")
 
 
 if __name__ == "__main__":

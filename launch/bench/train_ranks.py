@@ -53,7 +53,10 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
             path = folder / f"{name}.json"
             path.write_text(Job(config=of_run).model_dump_json(), encoding="utf-8")
             arguments = ["steppe", str(path)]
-            members = [stack.enter_context(Contender(name, MODULE, arguments, threads_each, at)) for at in places]
+            members = [
+                stack.enter_context(Contender(name, MODULE, arguments, threads_each, at, keeps_memory=True))
+                for at in places
+            ]
             built = [member.built() for member in members]
             teams[name] = Team(name, members)
         teams["one-share"] = Team("one-share", teams["apart"].members[:1])

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from pretrain.affinity import BIND
+from pretrain.host_memory import malloc_environment
 
 
 class Asked(Protocol):
@@ -58,12 +59,24 @@ class Contender:
     """`python -P -m module args...` that answers each JSON line on its stdin with one on its stdout.
 
     The first answer comes unasked, once it is built. What it writes to stderr shows only if it ends too early.
+
+    keeps_memory: whether it starts as a rank does, which is to keep the memory that it frees.
     """
 
-    def __init__(self, name: str, module: str, arguments: Sequence[str], threads: int, place: Place = ALONE) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        arguments: Sequence[str],
+        threads: int,
+        place: Place = ALONE,
+        keeps_memory: bool = False,
+    ) -> None:
         self.name = name
         # The threads are fixed before any library reads them.
         environment = place.environment() | {"OMP_NUM_THREADS": str(threads)}
+        if keeps_memory:
+            environment |= malloc_environment(os.environ)
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],

@@ -22,6 +22,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 
+from pretrain.environment_variables import added_to_environment
 from pretrain.evaluation.harness import SteppeLM
 
 ONE_PROCESS = "DISABLE_MULTIPROC"  # lm-eval's
@@ -92,7 +93,10 @@ def run_tasks(
     Raises ValueError for a task that is broken, or cannot be asked of the model.
     """
     first = model.ranks.rank == 0
-    with _quiet(), _one_process():
+    # For standard errors lm-eval would fork this process, and end the copies by SIGTERM. A copy of a process of many
+    # threads may wait for ever, and a rank's takes the signal for a wish. The numbers are the same; the few metrics
+    # that are no mean (f1, mcc, perplexity) take as many times longer as there are cores.
+    with _quiet(), added_to_environment({ONE_PROCESS: "1"}):
         try:
             found = evaluate(
                 model,
@@ -113,21 +117,6 @@ def run_tasks(
         "limit": limit,
     }
     return _plain({**kept, "harness": harness})
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """For standard errors lm-eval would fork this process, and end the copies by SIGTERM. A copy of a process of many
-    threads may wait for ever, and a rank's takes the signal for a wish. The numbers are the same; the few metrics that
-    are no mean (f1, mcc, perplexity) take as many times longer as there are cores."""
-    before = os.environ.get(ONE_PROCESS)
-    os.environ[ONE_PROCESS] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[ONE_PROCESS]
-        if before is not None:
-            os.environ[ONE_PROCESS] = before
 
 
 def _matching(manager: TaskManager, names: Sequence[str]) -> dict[str, list[str]]:

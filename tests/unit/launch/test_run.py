@@ -209,15 +209,21 @@ def test_an_outcome_survives_its_file(run: RunDir) -> None:
 def test_ranks_share_the_cores_and_leave_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The number of threads is that of this number of ranks, not of ranks started before."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    before = dict(os.environ)
     program = tmp_path / "threads_of_a_rank.py"
     program.write_text(
-        "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write(os.environ['OMP_NUM_THREADS'])"
+        "import os, sys; open(sys.argv[1] + os.environ['RANK'], 'w').write("
+        "os.environ['OMP_NUM_THREADS'] + ' ' + os.environ['GLIBC_TUNABLES'])"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     cores = len(os.sched_getaffinity(0))
     for nproc in (1, 2):
         run_ranks("threads_of_a_rank", [str(tmp_path / f"{nproc}-")], nproc)
-        assert (tmp_path / f"{nproc}-0").read_text() == str(max(1, cores // nproc))
+        threads, tunables = (tmp_path / f"{nproc}-0").read_text().split()
+        assert threads == str(max(1, cores // nproc))
+        assert tunables == "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1"
+        assert {name: os.environ.get(name) for name in before} == before
         assert "OMP_NUM_THREADS" not in os.environ
 
 

@@ -1,9 +1,12 @@
-"""Freed memory is used again: counted in page faults, in processes of their own."""
+"""Freed memory is used again: seen in processes of their own."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from pretrain.host_memory import malloc_environment
 
 FAULTS = """
 import ctypes, resource, sys
@@ -45,3 +48,42 @@ assert libc.sbrk(0) == end
 def test_nor_are_gigabytes_given_back() -> None:
     """Where the heap ends does not change: mallopt counts in an int, whose largest number is no more than 2 GiB."""
     subprocess.run([sys.executable, "-P", "-c", HEAP], check=True)
+
+
+NEIGHBOURS = """
+import ctypes
+from pretrain.host_memory import keep_freed_memory
+assert keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+LARGE = 64 << 20
+first = libc.malloc(LARGE)
+while (small := libc.malloc(1000)) != first + LARGE + 16:  # others have holes to fill
+    pass
+second, end = libc.malloc(LARGE), libc.malloc(1000)
+for block in (first, small, second):
+    libc.free(block)
+print(libc.malloc(2 * LARGE) == first)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "joined"),
+    [
+        ({}, False),
+        (malloc_environment({}), True),
+        (malloc_environment({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}), True),
+        (malloc_environment({"GLIBC_TUNABLES": "glibc.malloc.tcache_count=7"}), False),
+    ],
+)
+def test_blocks_freed_side_by_side_become_one(environment: dict[str, str], joined: bool) -> None:
+    """With what ranks are started with, a small one between two large ones too; unless the user says otherwise."""
+    outside = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", NEIGHBOURS],
+        env=outside | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(joined)
