@@ -88,8 +88,8 @@ def run_ranks(module: str, args: list[str], nproc: int, meeting: Meeting | None 
         signals_to_handle="SIGTERM,SIGINT",
         logs_specs=DefaultLogsSpecs(log_dir=reports.name),
     )
-    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. For as long as
-    # they run: this process may start another number of ranks, as a rehearsal does.
+    # Ranks that share a node share its cores; torch's launcher would otherwise warn and pick one thread. All of it is
+    # set only while they run: this process may start another number of them, as a rehearsal does.
     threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
     ours = {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads, **malloc_environment(os.environ)}
     try:

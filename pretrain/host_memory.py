@@ -6,7 +6,7 @@ step's time (`steppe bench train`). The price is that memory freed by one part o
 and some fragmentation.
 
 Of that there is less without the cache of small freed blocks that each thread has: those in it are never joined to
-their neighbours, and so stand between large freed blocks that could be one. A step's peak is 2 to 11 % lower.
+their neighbours, and so stand between large freed blocks that could be one (`BENCHMARKS.md`).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ TUNABLES, NO_THREAD_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 def keep_freed_memory() -> bool:
     """Of this process, from now on; whether its C library can (glibc does, musl and macOS's do not).
 
-    To be called before the tensors are made that it is for.
+    To be called before the tensors are made that it is for. The cache is up to whoever starts the process.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -35,5 +35,6 @@ def keep_freed_memory() -> bool:
 
 
 def malloc_environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What a process that will keep freed memory is started with, besides. What the user has `given` prevails."""
+    """What ranks are started with, for glibc: no cache of small freed blocks. What the user has `given` comes last, and
+    so prevails."""
     return {TUNABLES: ":".join([NO_THREAD_CACHE, *filter(None, [given.get(TUNABLES)])])}

@@ -29,7 +29,6 @@ CONTENDERS = {
 }
 COMPILED = "steppe-compiled"
 DENSE = "steppe-dense"
-OURS = ("steppe", COMPILED, "bare", DENSE)
 EAGER = "transformers-mixed"  # whose memory is the measure
 # What a user calls them: a name stands for all of its variants.
 FAMILIES = {
@@ -41,11 +40,18 @@ FAMILIES = {
         for peer in ("transformers", "litgpt", "nanogpt")
     },
 }
+# Steppe, whole or in part.
+OURS = ("steppe", COMPILED, "bare", DENSE)
 # A model of its own: other weights, so its loss is compared with nobody's.
 OWN_WEIGHTS = (DENSE, *FAMILIES["nanogpt"])
 # Besides what Steppe has installed. Without what litgpt asks for beyond these, which would replace torch.
 LITGPT_NEEDS = ("litgpt", "lightning", "lightning_utilities", "torchmetrics")
 GET_LITGPT = "pip install --no-deps litgpt lightning lightning-utilities torchmetrics"
+
+
+def keeps_memory(name: str, peers_too: bool) -> bool:
+    """Whether a contender keeps the memory that it frees, and starts as one that will (`pretrain.host_memory`)."""
+    return peers_too or name in OURS
 
 
 def peers_of(

@@ -17,8 +17,8 @@ from launch.bench.contenders import (
     EAGER,
     FAMILIES,
     GET_LITGPT,
-    OURS,
     OWN_WEIGHTS,
+    keeps_memory,
     peers_of,
 )
 from launch.bench.data_tables import say
@@ -143,6 +143,7 @@ def run(
     from launch.bench.train_job import Job
     from launch.bench.turns import Contender, Spread, ratios, take_turns
     from model.accounting import parameter_counts
+    from pretrain.host_memory import malloc_environment
 
     if config.optimizer.name != "adamw":
         raise ValueError(
@@ -170,7 +171,7 @@ def run(
                     "launch.bench.train_contender",
                     [name, str(path)],
                     threads,
-                    keeps_memory=keep_memory or name in OURS,
+                    environment=malloc_environment(os.environ) if keeps_memory(name, keep_memory) else {},
                 )
             )
             built[name] = contender.built()

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from data_pipeline.batch import Batch
 from launch.bench.bare_loop import bare_step
-from launch.bench.contenders import CONTENDERS, OURS
+from launch.bench.contenders import CONTENDERS, keeps_memory
 from launch.bench.dense_counterpart import dense_counterpart
 from launch.bench.litgpt_peer import litgpt_step
 from launch.bench.nanogpt_peer import nanogpt_step
@@ -117,7 +117,7 @@ def main() -> None:
     """Answer as `Turns` does until stdin ends."""
     answers = Answers()
     name, job = sys.argv[1], Job.model_validate_json(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    if name in OURS or job.keep_memory:
+    if keeps_memory(name, job.keep_memory):
         keep_freed_memory()
     device = detect()
     if BIND in os.environ:

@@ -31,6 +31,7 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
     from launch.bench.train import UNMEASURED_STEPS, WARM_UP_STEPS
     from launch.bench.train_job import Job
     from launch.bench.turns import Contender, Place, Spread, Team, free_port, ratios, take_turns
+    from pretrain.host_memory import malloc_environment
 
     threads = len(os.sched_getaffinity(0))
     if ranks > threads:
@@ -54,7 +55,9 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
             path.write_text(Job(config=of_run).model_dump_json(), encoding="utf-8")
             arguments = ["steppe", str(path)]
             members = [
-                stack.enter_context(Contender(name, MODULE, arguments, threads_each, at, keeps_memory=True))
+                stack.enter_context(
+                    Contender(name, MODULE, arguments, threads_each, at, malloc_environment(os.environ))
+                )
                 for at in places
             ]
             built = [member.built() for member in members]

@@ -11,14 +11,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from pretrain.affinity import BIND
-from pretrain.host_memory import malloc_environment
 
 
 class Asked(Protocol):
@@ -53,6 +52,7 @@ class Place:
 
 
 ALONE = Place()
+NOTHING_BESIDES: Mapping[str, str] = {}
 
 
 class Contender:
@@ -60,7 +60,7 @@ class Contender:
 
     The first answer comes unasked, once it is built. What it writes to stderr shows only if it ends too early.
 
-    keeps_memory: whether it starts as a rank does, which is to keep the memory that it frees.
+    environment: variables besides.
     """
 
     def __init__(
@@ -70,17 +70,15 @@ class Contender:
         arguments: Sequence[str],
         threads: int,
         place: Place = ALONE,
-        keeps_memory: bool = False,
+        environment: Mapping[str, str] = NOTHING_BESIDES,
     ) -> None:
         self.name = name
         # The threads are fixed before any library reads them.
-        environment = place.environment() | {"OMP_NUM_THREADS": str(threads)}
-        if keeps_memory:
-            environment |= malloc_environment(os.environ)
+        told = place.environment() | {"OMP_NUM_THREADS": str(threads)}
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (open as long as the process runs)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module, *arguments],
-            env={**os.environ, **environment},
+            env={**os.environ, **told, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -28,6 +28,7 @@ from launch.run import clear_last_attempt, failure, last_step
 from launch.run_folder import LockedError, locked
 from pretrain.checkpoint.folder import list_checkpoints, step_of
 from pretrain.collective_timeout import COLLECTIVE_TIMEOUT
+from pretrain.host_memory import malloc_environment
 from pretrain.outcome import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, EXIT_WRONG_INPUT, Outcome
 from pretrain.recipe import check_unchanged
 from pretrain.run_dir import RunDir
@@ -129,7 +130,7 @@ class Supervisor:
         pid_path(self.run).unlink(missing_ok=True)
         run, ranks = str(self.run.path), self.record.ranks_per_node
         if self.record.profile.launcher == "srun":
-            step = self._start(["-P", "-m", "launch.cluster.rank", run], ranks)
+            step = self._start(["-P", "-m", "launch.cluster.rank", run], ranks, **malloc_environment(os.environ))
         else:
             step = self._start(["-P", "-m", "launch.cluster.node", run, str(ranks)], 1, task="launcher")
         asked_again, killed = -ASK_AGAIN_SECONDS, False

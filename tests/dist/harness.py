@@ -20,17 +20,15 @@ RESULTS = "results.jsonl"
 def run_cases(module: str, nproc: int, folder: Path) -> dict[str, Any]:
     """Results of every case by name, from `nproc` gloo ranks."""
     from launch.ranks import RanksError, run_ranks
+    from pretrain.environment_variables import added_to_environment
 
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = str(ROOT)
     results = folder / RESULTS
     try:
-        run_ranks("tests.dist.harness", [module, str(results)], nproc)
+        with added_to_environment({"PYTHONPATH": str(ROOT)}):
+            run_ranks("tests.dist.harness", [module, str(results)], nproc)
     except RanksError:
         errors = "\n".join(path.read_text() for path in folder.glob(f"{RESULTS}.rank*"))
         raise AssertionError(f"{module} failed on {nproc} ranks:\n{errors}") from None
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return finished_cases(folder)
 
 

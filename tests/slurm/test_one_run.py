@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.host_memory import NO_THREAD_CACHE
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.conftest import STEPS, Reference
 from tests.slurm.faulty import Fault, hold, once
@@ -36,6 +37,7 @@ def test_one_fault_after_another(cluster: Cluster, reference: Reference, setting
     failed = run.wait_for_attempts(2, "attempt_end")
     assert failed["action"] == "requeue"
     assert "inside backward" in failed["outcome"]["message"]
+    assert [rank.environ()["GLIBC_TUNABLES"] for rank in ranks.values()] == [NO_THREAD_CACHE] * len(ranks)
 
     ranks[1].kill()
     run.python.remove(killed)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from launch.bench.app import app
+from launch.bench.contenders import CONTENDERS, keeps_memory
 from launch.bench.dense_counterpart import dense_counterpart
 from launch.bench.train import bench_config, check_same_work, run
 from launch.bench.train_ranks import print_ranks, run_ranks
@@ -261,6 +262,28 @@ def test_a_contender_that_ends_says_why(tmp_path: Path) -> None:
         pytest.raises(RuntimeError, match=r"steppe ended with code 1: .*no_such_module"),
     ):
         contender.built()
+
+
+def test_a_contender_starts_with_what_it_is_given(tmp_path: Path) -> None:
+    """Over its place and what this process has."""
+    code = "import json, os; print(json.dumps(dict(os.environ)))"
+    (tmp_path / "told.py").write_text(code)
+    besides = {"PYTHONPATH": str(tmp_path), "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    with Contender("told", "told", [], threads=3, environment=besides) as contender:
+        told = contender.built()
+    assert {name: told[name] for name in besides} == besides
+    assert (told["OMP_NUM_THREADS"], told["RANK"]) == ("3", "0")
+
+
+def test_whose_memory_is_kept() -> None:
+    """Ours, and with `--keep-memory` everybody's."""
+    assert [name for name in CONTENDERS if keeps_memory(name, peers_too=False)] == [
+        "steppe",
+        "steppe-compiled",
+        "bare",
+        "steppe-dense",
+    ]
+    assert all(keeps_memory(name, peers_too=True) for name in CONTENDERS)
 
 
 def test_a_contender_that_is_gone_says_why(tmp_path: Path) -> None:

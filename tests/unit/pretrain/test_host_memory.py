@@ -58,8 +58,9 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 LARGE = 64 << 20
 first = libc.malloc(LARGE)
-while (small := libc.malloc(1000)) != first + LARGE + 16:  # others have holes to fill
-    pass
+for _ in range(10_000):  # the first ones have holes to fill
+    if (small := libc.malloc(1000)) == first + LARGE + 16:
+        break
 second, end = libc.malloc(LARGE), libc.malloc(1000)
 for block in (first, small, second):
     libc.free(block)
@@ -85,5 +86,6 @@ def test_blocks_freed_side_by_side_become_one(environment: dict[str, str], joine
         capture_output=True,
         text=True,
         check=True,
+        timeout=60,
     )
     assert done.stdout.strip() == str(joined)
