@@ -76,7 +76,15 @@ def usage_error(error: Any) -> str:
     if said.lstrip().startswith("Usage:"):
         return said
     command = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-    return f"steppe: {' '.join(said.split())}{command}"
+    return f"steppe: {' '.join(said.split())}{_given(error)}{command}"
+
+
+def _given(error: Any) -> str:
+    """What was given for the option that an error is about, where the error does not say so."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    values = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
+    values += [word.partition("=")[2] for word in sys.argv if word.partition("=")[0] in names and "=" in word]
+    return "".join(f", not {value}" for value in values if value not in error.format_message())
 
 
 if __name__ == "__main__":

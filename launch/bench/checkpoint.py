@@ -36,7 +36,7 @@ def checkpoint(
     plan: Annotated[
         str, typer.Option(metavar="RECIPE", help="Measure instead what planning costs for this recipe on many ranks.")
     ] = "",
-    ranks: Annotated[int, typer.Option(min=2, help="How many, with --plan.")] = 1024,
+    ranks: Annotated[int | None, typer.Option(min=2, help="How many, with --plan; 1024 by default.")] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
     ] = [],  # noqa: B006
@@ -45,7 +45,9 @@ def checkpoint(
     """Stall and durable GB/s of a checkpoint in turn with a raw write, torch.save, torch's distributed checkpoint and
     DeepSpeed's own; GB/s of loading it; and with --plan what the index of a large run costs."""
     if plan:
-        result = checkpoint_plan.run(plan, ranks, overrides)
+        result = checkpoint_plan.run(plan, ranks or 1024, overrides)
+    elif ranks is not None:
+        raise ValueError(f"--ranks {ranks} goes with --plan RECIPE: add that, or leave it out")
     else:
         result = run(recipe, rounds, folder, peers, overrides)
     if as_json:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 CONTENDERS = {
-    "steppe": "this package: DeepSpeed; bf16 weights and gradients, fp32 masters and AdamW states (fused)",
+    "steppe": "this package: DeepSpeed; bf16 weights, fp32 sums of gradients, masters and AdamW states (fused)",
     "steppe-compiled": "steppe with parallel.compile",
     "bare": "steppe's own model, kernels and optimizer in a plain loop without DeepSpeed",
     "steppe-dense": "steppe without experts, as wide in each layer as what a token meets",
@@ -100,15 +100,15 @@ def _obstacle(name: str, model: "ModelConfig", nanogpt: Path | None) -> str | No
     if family == "transformers":
         return _obstacle_to_transformers(name, model)
     if family == "litgpt":
-        if [package for package in LITGPT_NEEDS if importlib.util.find_spec(package) is None]:
-            return f"litgpt is not installed here: {GET_LITGPT}"
         if model.moe is not None or model.qk_norm or model.rope_scaling is not None:
             return "its part is written for Llama's dense shape: leave it out for experts, qk_norm or rope_scaling"
+        if [package for package in LITGPT_NEEDS if importlib.util.find_spec(package) is None]:
+            return f"litgpt is not installed here: {GET_LITGPT}"
     if family == "nanogpt":
-        if nanogpt is None:
-            return "it is not a package: clone karpathy/nanoGPT and name the folder, --nanogpt FOLDER"
         if model.moe is not None:
             return "it has no experts: leave it out"
+        if nanogpt is None:
+            return "it is not a package: clone karpathy/nanoGPT and name the folder, --nanogpt FOLDER"
     return None
 
 

@@ -45,13 +45,18 @@ def run(
     overrides: list[str],
     modes: tuple[str, ...] = MODES,
 ) -> dict[str, Any]:
-    """Measure each setting in processes of its own; returns what `--json` prints."""
+    """Measure each setting in processes of its own; returns what `--json` prints.
+
+    Raises ValueError for a width that heads of 64 do not fill, or an override of what is measured one by one.
+    """
     import torch
 
     from launch.run_folder import recipe_path
     from model.accounting import parameter_counts
     from pretrain.recipe import load_config
 
+    if hidden_size % 64:
+        raise ValueError(f"--hidden-size {hidden_size} is no multiple of 64, the size of a head: choose one")
     model = {
         "hidden_size": hidden_size,
         "num_layers": layers,
@@ -67,13 +72,21 @@ def run(
         # DeepSpeed's own bucket would hide a model of this size.
         "deepspeed={zero_optimization: {reduce_bucket_size: 4_000_000}}",
         "evaluation={every_steps: 0}",
-        *overrides,
     ]
     settings = []
     for stage in stages:
         for mode in modes:
             layout = f"parallel={{zero_stage: {stage}, activation_checkpointing: {mode}}}"
-            config = load_config(recipe_path("58m"), [*shape, f"precision={STAGES[stage]}", layout])
+            config = load_config(recipe_path("58m"), [*shape, f"precision={STAGES[stage]}", layout, *overrides])
+            if (STAGES[stage], stage, mode) != (
+                config.precision,
+                config.parallel.zero_stage,
+                config.parallel.activation_checkpointing,
+            ):
+                raise ValueError(
+                    f"--set {' '.join(overrides)}: precision, zero_stage and activation_checkpointing are what is "
+                    "measured, each by itself: leave them out, and choose stages by --zero-stage"
+                )
             settings.append(_measured(config, nproc))
             _say("ZeRO {zero_stage}, {precision}, recompute {activation_checkpointing}: {ratio:.3f}", settings[-1])
     return {
@@ -91,14 +104,17 @@ def _measured(config: Any, nproc: int) -> dict[str, Any]:
     """One setting: the rank with the highest peak, and what was accounted."""
     import torch
 
-    from launch.ranks import run_ranks
+    from launch.ranks import StoppedError, run_ranks
     from pretrain.memory import rank_memory
 
     accounted = rank_memory(config, nproc, fused=torch.cuda.is_available())
     with tempfile.TemporaryDirectory(prefix="steppe-bench-") as folder:
         path = Path(folder) / "config.json"
         path.write_text(config.model_dump_json(), encoding="utf-8")
-        run_ranks("launch.bench.memory_rank", [str(path), str(STEPS), folder], nproc)
+        try:
+            run_ranks("launch.bench.memory_rank", [str(path), str(STEPS), folder], nproc)
+        except StoppedError:
+            raise KeyboardInterrupt from None  # as the other benchmarks end
         ranks = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(folder).glob("rank_*.json"))]
     fullest = max(ranks, key=lambda rank: rank["peak_bytes"])
     return {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.bench.data_tables import below, in_words, print_part, say
-from launch.bench.turns import Contender, Guest, Spread, ratios, take_turns
+from launch.bench.turns import Contender, Guest, Spread, check_cores, ratios, take_turns
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 HELP_SECONDS = 0.3
 FIRST_STEP_SECONDS = 15.0
 LOAD_OF_READ = 1.5
+# How long a run that is measured may take to end, once asked to stop.
+STOP_SECONDS = 60.0
 PARTS = ("commands", "first-step", "resume")
 # From one mark of a run to the next: the config in its folder, then events.
 PHASES = {
@@ -62,17 +64,20 @@ def run(
 ) -> dict[str, Any]:
     """Measure; returns what `--json` prints.
 
-    Raises ValueError for an unknown part, a folder that is none, or a recipe that cannot run so; RuntimeError if a
-    command fails.
+    Raises ValueError for an unknown part, a folder that is none, a recipe that cannot run so, or more ranks than cores;
+    RuntimeError if a command fails.
     """
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"--part {part} is none of {', '.join(PARTS)}: name one of those")
     if not folder.is_dir():
         raise ValueError(f"--dir {folder} is no folder: make it first, or name another")
+    if overrides and parts == ["commands"]:
+        raise ValueError(f"--set {' '.join(overrides)}: commands are of no recipe: leave it out, or add a part")
     # What is wrong with a recipe is said before anything is measured.
     if "first-step" in parts:
         _settings(recipe, ranks, overrides, folder)
+        check_cores(ranks)
     if "resume" in parts:
         _resumed(resumed, overrides)
     result: dict[str, Any] = {"rounds": rounds, "cores": len(os.sched_getaffinity(0))}
@@ -229,12 +234,20 @@ def _data(scratch: Path) -> Path:
 
 def _steppe(words: list[str]) -> None:
     """Run one command as a user would. Raises RuntimeError with its last words if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "launch.cli", *words], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last_words = " | ".join(done.stderr.strip().splitlines()[-3:])
-        raise RuntimeError(f"`steppe {words[0]}` ended with exit code {done.returncode}: {last_words}")
+    line = [sys.executable, "-P", "-m", "launch.cli", *words]
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, said = process.communicate()
+        except BaseException:  # a run has ranks, and is to see them through
+            process.terminate()
+            try:
+                process.communicate(timeout=STOP_SECONDS)
+            finally:
+                process.kill()
+            raise
+    if process.returncode:
+        last_words = " | ".join(said.strip().splitlines()[-3:])
+        raise RuntimeError(f"`steppe {words[0]}` ended with exit code {process.returncode}: {last_words}")
 
 
 def _print_tables(result: dict[str, Any]) -> None:

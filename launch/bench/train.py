@@ -68,10 +68,9 @@ def train(
 
     config = bench_config(recipe, sequence_length, micro_batch_size, overrides, zero_stage, ranks)
     if ranks > 1:
-        if peers is not None or nanogpt or keep_memory:
-            raise ValueError(
-                f"--ranks {ranks} compares Steppe with itself: leave out --peers, --nanogpt, --keep-memory"
-            )
+        of_peers = {"--peers": peers is not None, "--nanogpt": nanogpt is not None, "--keep-memory": keep_memory}
+        if given := [option for option, is_given in of_peers.items() if is_given]:
+            raise ValueError(f"--ranks {ranks} compares Steppe with itself: leave out {', '.join(given)}")
         result, show = run_ranks(recipe, config, ranks, rounds, steps), print_ranks
     else:
         result, show = run(recipe, config, rounds, steps, peers, nanogpt, keep_memory), print_table

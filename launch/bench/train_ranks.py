@@ -30,12 +30,11 @@ def run_ranks(recipe: str, config: "RunConfig", ranks: int, rounds: int, steps: 
     from launch.bench.data_tables import say
     from launch.bench.train import UNMEASURED_STEPS, WARM_UP_STEPS
     from launch.bench.train_job import Job
-    from launch.bench.turns import Contender, Place, Spread, Team, free_port, ratios, take_turns
+    from launch.bench.turns import Contender, Place, Spread, Team, check_cores, free_port, ratios, take_turns
     from pretrain.host_memory import malloc_environment
 
     threads = len(os.sched_getaffinity(0))
-    if ranks > threads:
-        raise ValueError(f"--ranks {ranks}: this process may use {threads} cores, and each rank needs one")
+    check_cores(ranks)
     share, port = threads // ranks, free_port()
     together = [Place(rank, ranks, rank, ranks, bound=True, port=port) for rank in range(ranks)]
     apart = [Place(local_rank=rank, local_world=ranks, bound=True) for rank in range(ranks)]

@@ -201,6 +201,14 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return Spread.of([mine / other for mine, other in zip(ours, theirs, strict=True)])
 
 
+def check_cores(ranks: int) -> None:
+    """Raise ValueError if there is not a core for each of them."""
+    if ranks > (cores := len(os.sched_getaffinity(0))):
+        raise ValueError(
+            f"--ranks {ranks}: each rank needs a core, and this process may use {cores}: take no more ranks"
+        )
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as probe:

@@ -161,6 +161,8 @@ def test_wrong_input_is_refused_before_anything_starts(recipe: Path, tmp_path: P
         run(str(recipe), 1, tmp_path, [], ["parallel.tensor=2"])
     with pytest.raises(ValueError, match="--ranks 15: .* choose an even number"):
         checkpoint_plan.run(str(recipe), 15, [])
+    found = CliRunner().invoke(app, ["checkpoint", "--ranks", "4"])
+    assert "--ranks 4 goes with --plan RECIPE: add that, or leave it out" in str(found.exception)
 
 
 # ------------------------------------------------------------------------------------------------------ planning

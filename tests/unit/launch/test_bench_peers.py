@@ -109,6 +109,7 @@ def test_all_that_there_are_take_part_by_default(clone: Path, monkeypatch: pytes
         ("megatron", DENSE, "--peers megatron is not known: choose from steppe-compiled, bare, "),
         ("steppe-dense", DENSE, "--peers steppe-dense: it is for a recipe with experts, and this one has none"),
         ("nanogpt", DENSE, "--peers nanogpt: it is not a package: clone karpathy/nanoGPT .* --nanogpt FOLDER"),
+        ("nanogpt", SPARSE, "--peers nanogpt: it has no experts: leave it out"),
         ("litgpt", SPARSE, "--peers litgpt: its part is written for Llama's dense shape"),
         (
             "transformers",

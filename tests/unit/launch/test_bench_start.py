@@ -1,8 +1,13 @@
 """`steppe bench start`: every part runs, its phases are there, and what is wrong is said."""
 
 import json
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -28,6 +33,30 @@ def test_every_part_says_what_it_took(tmp_path: Path) -> None:
     assert all(spread["min"] > 0 for spread in result["resume"]["seconds"].values())
     parts = [result[key] for key in ("commands", "first_step", "resume")]
     assert [len(part["targets"]) for part in parts] == [1, 1, 1]
+    with pytest.raises(ValueError, match="--ranks 99: each rank needs a core, and this process may use "):
+        run("58m", "58m", 99, 1, ["first-step"], tmp_path, [])
+    with pytest.raises(ValueError, match="--set a.b=1: commands are of no recipe: leave it out, or add a part"):
+        run("58m", "58m", 1, 1, ["commands"], tmp_path, ["a.b=1"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_first_step_leaves_nothing(tmp_path: Path) -> None:
+    """Ranks are seen through before the folder of their run goes, also where Ctrl-C reaches this command alone."""
+    words = ["bench", "start", "--part", "first-step", "--recipe", "demo", "--ranks", "1", "--dir", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    with psutil.Popen([sys.executable, "-P", "-m", "launch.cli", *words], env=environment) as bench:
+
+        def ranks() -> list[psutil.Process]:
+            return [child for child in bench.children(recursive=True) if "pretrain.worker" in child.cmdline()]
+
+        deadline = time.monotonic() + 120
+        while not (started := ranks()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        bench.send_signal(signal.SIGINT)
+        assert bench.wait(timeout=120) == 130
+    assert not any(rank.is_running() for rank in started)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,14 @@ import pytest
     [
         ("train", "Missing argument 'recipe'. (see steppe train --help)"),
         ("train x --nproc two", "Invalid value for '--nproc': Input should be a valid integer"),
+        (
+            "bench train --rounds 0",
+            "Invalid value for '--rounds': Input should be greater than or equal to 1, not 0 (",
+        ),
+        (
+            "bench memory --nproc=0",
+            "Invalid value for '--nproc': Input should be greater than or equal to 1, not 0 (",
+        ),
         ("train x --bogus", "No such option: --bogus (see steppe train --help)"),
         ("nosuch", "No such command 'nosuch'. (see steppe --help)"),
     ],
