@@ -38,7 +38,8 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> NoReturn:
-    """Run the command line. Exit codes: 0 done, 75 stopped and checkpointed, 1 failed, 2 the input is wrong."""
+    """Run the command line. Exit codes: 0 done, 75 stopped and checkpointed, 1 failed, 2 the input is wrong,
+    130 ended by Ctrl-C with nothing to save."""
     # Our packages have common names (model, launch): no process of ours looks for them in the current folder.
     os.environ["PYTHONSAFEPATH"] = "1"
     debug = "--debug" in sys.argv
@@ -76,15 +77,15 @@ def usage_error(error: Any) -> str:
     if said.lstrip().startswith("Usage:"):
         return said
     command = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-    return f"steppe: {' '.join(said.split())}{_given(error)}{command}"
+    return f"steppe: {' '.join((said + _given(error)).split())}{command}"
 
 
 def _given(error: Any) -> str:
-    """What was given for the option that an error is about, where the error does not say so."""
+    """What was given for the option that an error is about, where the error does not say so and there is no doubt."""
     names = getattr(getattr(error, "param", None), "opts", [])
     values = [value for name, value in zip(sys.argv, sys.argv[1:], strict=False) if name in names]
-    values += [word.partition("=")[2] for word in sys.argv if word.partition("=")[0] in names and "=" in word]
-    return "".join(f", not {value}" for value in values if value not in error.format_message())
+    values += [value for name, equals, value in (word.partition("=") for word in sys.argv) if equals and name in names]
+    return f", not {values[0]}" if len(values) == 1 and values[0] not in error.format_message().split("'") else ""
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ step's time (`steppe bench train`). The price is that memory freed by one part o
 and some fragmentation.
 
 Of that there is less without the cache of small freed blocks that each thread has: those in it are never joined to
-their neighbours, and so stand between large freed blocks that could be one (`BENCHMARKS.md`).
+their neighbours, and so stand between large freed blocks that could be one (measured in `BENCHMARKS.md`).
 """
 
 import ctypes
@@ -23,7 +23,8 @@ TUNABLES, NO_THREAD_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 def keep_freed_memory() -> bool:
     """Of this process, from now on; whether its C library can (glibc does, musl and macOS's do not).
 
-    To be called before the tensors are made that it is for. The cache is up to whoever starts the process.
+    To be called before the tensors are made that it is for. The cache of small blocks is up to whoever starts the
+    process (`malloc_environment`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

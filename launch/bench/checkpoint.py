@@ -17,6 +17,8 @@ from launch.bench.turns import Contender, Guest, Spread, ratios, take_turns
 STALL_TARGET = 0.05  # of a blocking save
 SPEED_TARGET = 0.8  # of a raw write with hashing
 
+PLANNED_RANKS = 1024
+
 
 def checkpoint(
     recipe: Annotated[str, typer.Option(help="The recipe whose state is saved.")] = "58m",
@@ -36,7 +38,9 @@ def checkpoint(
     plan: Annotated[
         str, typer.Option(metavar="RECIPE", help="Measure instead what planning costs for this recipe on many ranks.")
     ] = "",
-    ranks: Annotated[int | None, typer.Option(min=2, help="How many, with --plan; 1024 by default.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=2, help=f"How many, with --plan; {PLANNED_RANKS} by default.")
+    ] = None,
     overrides: Annotated[
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
     ] = [],  # noqa: B006
@@ -45,7 +49,7 @@ def checkpoint(
     """Stall and durable GB/s of a checkpoint in turn with a raw write, torch.save, torch's distributed checkpoint and
     DeepSpeed's own; GB/s of loading it; and with --plan what the index of a large run costs."""
     if plan:
-        result = checkpoint_plan.run(plan, ranks or 1024, overrides)
+        result = checkpoint_plan.run(plan, ranks or PLANNED_RANKS, overrides)
     elif ranks is not None:
         raise ValueError(f"--ranks {ranks} goes with --plan RECIPE: add that, or leave it out")
     else:

@@ -73,7 +73,7 @@ def run(
         "deepspeed={zero_optimization: {reduce_bucket_size: 4_000_000}}",
         "evaluation={every_steps: 0}",
     ]
-    settings = []
+    configs = []
     for stage in stages:
         for mode in modes:
             layout = f"parallel={{zero_stage: {stage}, activation_checkpointing: {mode}}}"
@@ -87,14 +87,17 @@ def run(
                     f"--set {' '.join(overrides)}: precision, zero_stage and activation_checkpointing are what is "
                     "measured, each by itself: leave them out, and choose stages by --zero-stage"
                 )
-            settings.append(_measured(config, nproc))
-            _say("ZeRO {zero_stage}, {precision}, recompute {activation_checkpointing}: {ratio:.3f}", settings[-1])
+            configs.append(config)
+    settings = []
+    for config in configs:
+        settings.append(_measured(config, nproc))
+        _say("ZeRO {zero_stage}, {precision}, recompute {activation_checkpointing}: {ratio:.3f}", settings[-1])
     return {
         "ranks": nproc,
         "model": config.model.model_dump(mode="json"),
         "parameters": parameter_counts(config.model)["total"],
-        "sequence_length": sequence_length,
-        "micro_batch_size": micro_batch_size,
+        "sequence_length": config.data.sequence_length,
+        "micro_batch_size": config.batch.micro_batch_size,
         "torch": torch.__version__,
         "settings": settings,
     }

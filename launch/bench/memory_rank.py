@@ -60,7 +60,7 @@ class LiveBytes(TorchDispatchMode):
 
 def main() -> None:
     """Train some steps on random tokens; leave `rank_N.json` in the folder."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save, and so nothing to say
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # there is nothing to save
     # What DeepSpeed prints must not end up among the answers of `--json`.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     config = RunConfig.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))

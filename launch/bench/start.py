@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 HELP_SECONDS = 0.3
 FIRST_STEP_SECONDS = 15.0
 LOAD_OF_READ = 1.5
-# How long a run that is measured may take to end, once asked to stop.
-STOP_SECONDS = 60.0
 PARTS = ("commands", "first-step", "resume")
 # From one mark of a run to the next: the config in its folder, then events.
 PHASES = {
@@ -64,15 +62,15 @@ def run(
 ) -> dict[str, Any]:
     """Measure; returns what `--json` prints.
 
-    Raises ValueError for an unknown part, a folder that is none, a recipe that cannot run so, or more ranks than cores;
-    RuntimeError if a command fails.
+    Raises ValueError for an unknown part, a folder that is none, a recipe that cannot run so, overrides of none, or
+    more ranks than cores; RuntimeError if a command fails.
     """
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"--part {part} is none of {', '.join(PARTS)}: name one of those")
     if not folder.is_dir():
         raise ValueError(f"--dir {folder} is no folder: make it first, or name another")
-    if overrides and parts == ["commands"]:
+    if overrides and set(parts) == {"commands"}:
         raise ValueError(f"--set {' '.join(overrides)}: commands are of no recipe: leave it out, or add a part")
     # What is wrong with a recipe is said before anything is measured.
     if "first-step" in parts:
@@ -235,14 +233,17 @@ def _data(scratch: Path) -> Path:
 def _steppe(words: list[str]) -> None:
     """Run one command as a user would. Raises RuntimeError with its last words if it fails."""
     line = [sys.executable, "-P", "-m", "launch.cli", *words]
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # In a session of its own, where Ctrl-C does not reach it: it is asked to stop once, and sees its ranks through.
+    with subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
             _, said = process.communicate()
-        except BaseException:  # a run has ranks, and is to see them through
+        except BaseException:
             process.terminate()
             try:
-                process.communicate(timeout=STOP_SECONDS)
-            finally:
+                process.communicate()
+            finally:  # nobody waits any longer
                 process.kill()
             raise
     if process.returncode:

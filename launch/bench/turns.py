@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Protocol, Self
 
 from pretrain.affinity import BIND
@@ -52,7 +52,7 @@ class Place:
 
 
 ALONE = Place()
-NOTHING_BESIDES: Mapping[str, str] = {}
+NOTHING_BESIDES: Mapping[str, str] = MappingProxyType({})
 
 
 class Contender:
@@ -60,7 +60,7 @@ class Contender:
 
     The first answer comes unasked, once it is built. What it writes to stderr shows only if it ends too early.
 
-    environment: variables besides.
+    environment: variables set last, over all others.
     """
 
     def __init__(

@@ -42,7 +42,7 @@ def test_a_changed_config_is_refused_and_a_cancelled_job_stays_so(
     # An edit of the frozen config is found by the next attempt, which nobody wanted to be another run.
     ranks = run.wait_until_held(8, start=1)
     for rank in ranks.values():  # glibc 2.36 ends each setting in place, by a zero, once it has read it
-        started_with = Path(f"/proc/{rank.pid}/environ").read_text().replace("\0", ":")
+        started_with = ":" + Path(f"/proc/{rank.pid}/environ").read_text().replace("\0", ":")
         assert f":GLIBC_TUNABLES={NO_THREAD_CACHE}:{own}:" in started_with
     run.wait_for("the save of step 5", (run.dir.checkpoints / "step_00000005").is_dir)
     config = run.dir.config_path.read_text()

@@ -61,6 +61,8 @@ first = libc.malloc(LARGE)
 for _ in range(10_000):  # the first ones have holes to fill
     if (small := libc.malloc(1000)) == first + LARGE + 16:
         break
+else:
+    raise SystemExit("no block lies beside the first")
 second, end = libc.malloc(LARGE), libc.malloc(1000)
 for block in (first, small, second):
     libc.free(block)
