@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.bench.app import app
-from launch.bench.start import PHASES, run
+from launch.bench.start import PARTS, PHASES, run
+from launch.bench.start_contender import read
 
 MODEL = "model={hidden_size: 32, num_layers: 1, num_heads: 2, ffn_size: 64, vocab_size: 1000}"
 
@@ -33,10 +35,6 @@ def test_every_part_says_what_it_took(tmp_path: Path) -> None:
     assert all(spread["min"] > 0 for spread in result["resume"]["seconds"].values())
     parts = [result[key] for key in ("commands", "first_step", "resume")]
     assert [len(part["targets"]) for part in parts] == [1, 1, 1]
-    with pytest.raises(ValueError, match="--ranks 5000: each rank needs a core, and this process may use "):
-        run("58m", "58m", 5000, 1, ["first-step"], tmp_path, [])
-    with pytest.raises(ValueError, match="--set a.b=1: commands are of no recipe: leave it out, or add a part"):
-        run("58m", "58m", 1, 1, ["commands"], tmp_path, ["a.b=1"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -49,10 +47,8 @@ def test_an_interrupted_first_step_leaves_nothing(tmp_path: Path, to_all: bool) 
     line = [sys.executable, "-P", "-m", "launch.cli", *words]
     with psutil.Popen(line, env=environment, start_new_session=True) as bench:
         try:
-            log = wait_for(lambda: list(tmp_path.glob("steppe-bench-*/run_0/logs/*")), bench)
-            assert log
+            assert wait_for(lambda: at_work(bench, tmp_path), bench)
             started = bench.children(recursive=True)
-            assert any(is_rank(child) for child in started)
             if to_all:  # as a terminal does
                 os.killpg(bench.pid, signal.SIGINT)
             else:
@@ -65,16 +61,43 @@ def test_an_interrupted_first_step_leaves_nothing(tmp_path: Path, to_all: bool) 
     assert list(tmp_path.glob("steppe-*")) == []
 
 
-def is_rank(process: psutil.Process) -> bool:
-    try:
-        return "pretrain.worker" in process.cmdline()
-    except psutil.NoSuchProcess:
-        return False
+def at_work(bench: psutil.Popen, folder: Path) -> bool:
+    """Whether its run has a rank, which has written something."""
+    with suppress(psutil.NoSuchProcess):
+        ranks = [child for child in bench.children(recursive=True) if "pretrain.worker" in child.cmdline()]
+        return bool(ranks) and any(folder.glob("steppe-bench-*/run_0/logs/*"))
+    return False
 
 
-def wait_for(look: Callable[[], list[Path]], process: psutil.Popen) -> list[Path]:
-    """Until there is something, for as long as a process runs, and two minutes at most."""
+def wait_for(look: Callable[[], bool], process: psutil.Popen) -> bool:
+    """Until it is so, for as long as a process runs, and two minutes at most."""
     deadline = time.monotonic() + 120
     while not (found := look()) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     return found
+
+
+def test_reading_reads_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loading is compared with."""
+    monkeypatch.setattr("launch.bench.start_contender.READ_BYTES", 100)
+    (tmp_path / "file").write_bytes(bytes(range(250)) * 3)
+    memory = bytearray(750)
+    read(tmp_path / "file", memoryview(memory))
+    assert bytes(memory) == bytes(range(250)) * 3
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"--part nosuch is none of {', '.join(PARTS)}"):
+        run("58m", "58m", 1, 1, ["nosuch"], tmp_path, [])
+    with pytest.raises(ValueError, match="nowhere is no folder: make it first"):
+        run("58m", "58m", 1, 1, ["commands"], tmp_path / "nowhere", [])
+    for recipes in (("nosuch", "58m"), ("58m", "nosuch")):
+        with pytest.raises(ValueError, match="nosuch"):
+            run(*recipes, 1, 1, list(PARTS), tmp_path, [])
+    with pytest.raises(ValueError, match="parallel.tensor=2 .* does not divide 3 ranks"):
+        run("58m", "58m", 3, 1, ["first-step"], tmp_path, ["parallel.tensor=2"])
+    with pytest.raises(ValueError, match="--ranks 5000: each rank needs a core, and this process may use "):
+        run("58m", "58m", 5000, 1, ["first-step"], tmp_path, [])
+    with pytest.raises(ValueError, match="--set a.b=1: commands are of no recipe: leave it out, or add a part"):
+        run("58m", "58m", 1, 1, ["commands"], tmp_path, ["a.b=1"])
+    assert list(tmp_path.iterdir()) == []
