@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from launch.bench.fixed_config import fixed_config
+
 # In 16 bits stage 0 has no masters, and is refused.
 STAGES = {0: "fp32", 1: "bf16", 2: "bf16", 3: "bf16"}
 MODES = ("none", "selective", "full")
@@ -51,9 +53,7 @@ def run(
     """
     import torch
 
-    from launch.run_folder import recipe_path
     from model.accounting import parameter_counts
-    from pretrain.recipe import load_config
 
     if hidden_size % 64:
         raise ValueError(f"--hidden-size {hidden_size} is no multiple of 64, the size of a head: choose one")
@@ -66,28 +66,23 @@ def run(
     }
     shape = [
         f"model={json.dumps(model)}",
-        f"data={{sequence_length: {sequence_length}, sources: [{{name: random, path: none}}]}}",
-        # Two micro-batches a rank: in the second, the first one's gradients are there.
-        f"batch={{global_batch_size: {2 * micro_batch_size * nproc}, micro_batch_size: {micro_batch_size}, ramp: []}}",
+        "data={sources: [{name: random, path: none}]}",
+        "batch={ramp: []}",
         # DeepSpeed's own bucket would hide a model of this size.
         "deepspeed={zero_optimization: {reduce_bucket_size: 4_000_000}}",
         "evaluation={every_steps: 0}",
     ]
+    batch = {
+        "data.sequence_length": sequence_length,
+        # Two micro-batches a rank: in the second, the first one's gradients are there.
+        "batch.global_batch_size": 2 * micro_batch_size * nproc,
+        "batch.micro_batch_size": micro_batch_size,
+    }
     configs = []
     for stage in stages:
         for mode in modes:
-            layout = f"parallel={{zero_stage: {stage}, activation_checkpointing: {mode}}}"
-            config = load_config(recipe_path("58m"), [*shape, f"precision={STAGES[stage]}", layout, *overrides])
-            if (STAGES[stage], stage, mode) != (
-                config.precision,
-                config.parallel.zero_stage,
-                config.parallel.activation_checkpointing,
-            ):
-                raise ValueError(
-                    f"--set {' '.join(overrides)}: precision, zero_stage and activation_checkpointing are what is "
-                    "measured, each by itself: leave them out, and choose stages by --zero-stage"
-                )
-            configs.append(config)
+            layout = {"parallel.zero_stage": stage, "parallel.activation_checkpointing": mode}
+            configs.append(fixed_config("58m", shape, {**batch, "precision": STAGES[stage], **layout}, overrides))
     settings = []
     for config in configs:
         settings.append(_measured(config, nproc))
@@ -96,8 +91,8 @@ def run(
         "ranks": nproc,
         "model": config.model.model_dump(mode="json"),
         "parameters": parameter_counts(config.model)["total"],
-        "sequence_length": config.data.sequence_length,
-        "micro_batch_size": config.batch.micro_batch_size,
+        "sequence_length": sequence_length,
+        "micro_batch_size": micro_batch_size,
         "torch": torch.__version__,
         "settings": settings,
     }

@@ -22,6 +22,7 @@ from launch.bench.contenders import (
     peers_of,
 )
 from launch.bench.data_tables import say
+from launch.bench.fixed_config import fixed_config
 
 if TYPE_CHECKING:
     from launch.bench.turns import Contender
@@ -89,9 +90,6 @@ def bench_config(
     ranks: int = 1,
 ) -> "RunConfig":
     """The recipe as it is measured. Raises ValueError if an override changes what all contenders have in common."""
-    from launch.run_folder import recipe_path
-    from pretrain.recipe import load_config
-
     fixed: dict[str, Any] = {
         "precision": "bf16",
         "deterministic": False,
@@ -107,24 +105,8 @@ def bench_config(
     }
     if ranks == 1:  # compiled, Steppe is a contender of its own
         fixed["parallel.compile"] = False
-    config = load_config(
-        recipe_path(recipe),
-        [
-            "data.sources=[{name: random, path: none}]",
-            "batch.ramp=[]",
-            "evaluation={every_steps: 0}",
-            *(f"{key}={json.dumps(value)}" for key, value in fixed.items()),
-            *overrides,
-        ],
-    )
-    for key, value in fixed.items():
-        section, _, name = key.rpartition(".")
-        if (chosen := getattr(getattr(config, section) if section else config, name)) != value:
-            raise ValueError(
-                f"--set {key}={chosen}: what is measured has {json.dumps(value)}, which all ratios are of; "
-                "leave it out, or see the options and peers of steppe bench train"
-            )
-    return config
+    settings = ["data.sources=[{name: random, path: none}]", "batch.ramp=[]", "evaluation={every_steps: 0}"]
+    return fixed_config(recipe, settings, fixed, overrides)
 
 
 def run(

@@ -23,6 +23,11 @@ def test_what_is_measured_one_by_one_is_not_overridden() -> None:
     """Said before anything is measured: an override may be what the first of them have anyway."""
     with pytest.raises(ValueError, match="--hidden-size 100 is no multiple of 64, the size of a head: choose one"):
         run(1, 1, 100, 8, 1, stages=[1], overrides=[])
-    for override in ("precision=fp16", "parallel.zero_stage=2", "parallel={activation_checkpointing: none}"):
-        with pytest.raises(ValueError, match="--set .*: precision, zero_stage and .* choose stages by --zero-stage"):
+    for override in (
+        "precision=fp16",
+        "parallel.zero_stage=2",
+        "parallel={activation_checkpointing: none}",
+        "data.sequence_length=9",
+    ):
+        with pytest.raises(ValueError, match="--set .*: what is measured has .*; leave it out"):
             run(1, 1, 64, 8, 1, stages=[1], overrides=[override])

@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from typer.testing import CliRunner
 from launch.bench.app import app
 from launch.bench.start import PARTS, PHASES, run
 from launch.bench.start_contender import read
+from tests.slurm.cluster import wait_for
 
 MODEL = "model={hidden_size: 32, num_layers: 1, num_heads: 2, ffn_size: 64, vocab_size: 1000}"
 
@@ -47,7 +46,7 @@ def test_an_interrupted_first_step_leaves_nothing(tmp_path: Path, to_all: bool) 
     line = [sys.executable, "-P", "-m", "launch.cli", *words]
     with psutil.Popen(line, env=environment, start_new_session=True) as bench:
         try:
-            assert wait_for(lambda: at_work(bench, tmp_path), bench)
+            wait_for("a rank at work", lambda: at_work(bench, tmp_path))
             started = bench.children(recursive=True)
             if to_all:  # as a terminal does
                 os.killpg(bench.pid, signal.SIGINT)
@@ -67,14 +66,6 @@ def at_work(bench: psutil.Popen, folder: Path) -> bool:
         ranks = [child for child in bench.children(recursive=True) if "pretrain.worker" in child.cmdline()]
         return bool(ranks) and any(folder.glob("steppe-bench-*/run_0/logs/*"))
     return False
-
-
-def wait_for(look: Callable[[], bool], process: psutil.Popen) -> bool:
-    """Until it is so, for as long as a process runs, and two minutes at most."""
-    deadline = time.monotonic() + 120
-    while not (found := look()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return found
 
 
 def test_reading_reads_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
