@@ -26,14 +26,22 @@ $(VENV)/.dev: $(BIN)/steppe
 demo: $(BIN)/steppe
 	$(BIN)/steppe demo
 
+# Those of tests/unit in a process a core, each of one thread; the others start ranks, which take the cores themselves.
+define tests
+	failed=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(1) tests/unit -n logical --maxprocesses 8 --dist loadfile || failed=1; \
+	$(BIN)/python -m pytest -m $(1) tests/dist tests/faults tests/slurm || failed=1; \
+	exit $$failed
+endef
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not long"
+	$(call tests,"not long")
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not long"
+	$(call tests,"not slow and not long")
 
 test-long: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(call tests,"")
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

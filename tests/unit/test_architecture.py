@@ -14,6 +14,16 @@ MAY_IMPORT = {
     "model": {"model"},
     "data_pipeline": {"data_pipeline"},
 }
+# The files that pytest comes to, a line each; they are not imported, which takes half a minute.
+COLLECTED = """
+import pytest
+
+class Paths:
+    def pytest_collect_file(self, file_path):
+        print(file_path)
+
+pytest.main(["--collect-only", "-q", "-p", "no:python", "-p", "no:cacheprovider"], plugins=[Paths()])
+"""
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -93,12 +103,6 @@ def test_help_imports_no_torch_and_no_numpy() -> None:
 
 def test_pytest_collects_every_test_file() -> None:
     """Neither pytest's defaults nor an ignored folder hides tests: `dist` is a name that both know."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = subprocess.run([sys.executable, "-c", COLLECTED], cwd=ROOT, capture_output=True, text=True, check=False)
     for path in (ROOT / "tests").rglob("test_*.py"):
-        assert path.relative_to(ROOT).as_posix() in done.stdout
+        assert str(path) in done.stdout.splitlines(), done.stderr

@@ -8,6 +8,7 @@ import pytest
 
 PROGRAM = """
 import sys
+from torch.distributed import destroy_process_group
 from pretrain.device import detect, init_process_group
 from pretrain.engine import agree, build_engine
 from pretrain.parallel_dims import ParallelDims
@@ -21,6 +22,7 @@ engine = build_engine(config, device, ParallelDims.of_this_rank(config))
 agree(engine.train_step([random_batch(config, 0)], 1e-3))
 compiler = {"torch._inductor.compile_fx", "setuptools"} & sys.modules.keys()
 assert not compiler, compiler
+destroy_process_group()  # else gloo's thread, which wants Python's lock once more, may find the interpreter ending: SIGABRT
 """
 
 
