@@ -26,22 +26,17 @@ $(VENV)/.dev: $(BIN)/steppe
 demo: $(BIN)/steppe
 	$(BIN)/steppe demo
 
-# Those of tests/unit in a process a core, each of one thread; the others start ranks, which take the cores themselves.
-define tests
-	failed=0; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(1) tests/unit -n logical --maxprocesses 8 --dist loadfile || failed=1; \
-	$(BIN)/python -m pytest -m $(1) tests/dist tests/faults tests/slurm || failed=1; \
-	exit $$failed
-endef
+# A process a core, each of one thread: much of a test is one process that starts, or several that wait.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test: $(VENV)/.dev
-	$(call tests,"not long")
+	$(PYTEST) -m "not long"
 
 test-fast: $(VENV)/.dev
-	$(call tests,"not slow and not long")
+	$(PYTEST) -m "not slow and not long"
 
 test-long: $(VENV)/.dev
-	$(call tests,"")
+	$(PYTEST)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -117,7 +117,7 @@ def test_an_index_of_the_checkpoint_before(folder: Path, engine: RowsEngine) -> 
 
 
 @pytest.mark.parametrize(
-    ("harm", "rank"), [(damage.shards_swapped, 0), (damage.shard_duplicated, 1)], ids=lambda value: str(value)
+    ("harm", "rank"), [(damage.shards_swapped, 0), (damage.shard_duplicated, 1)], ids=["swapped", "duplicated"]
 )
 def test_shards_in_each_others_place(folder: Path, engine: RowsEngine, harm: Callable[[Path], None], rank: int) -> None:
     harm(checkpoint_path(folder, 2))
