@@ -5,7 +5,7 @@ the data-parallel ones: rank = (data * S + sequence) * T + tensor. Expert parall
 `expert` consecutive ranks, whatever else they are, share out the experts of each layer. No torch here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,26 +126,26 @@ def check_layout(config: RunConfig, world: int) -> None:
 
 def check_degrees(config: RunConfig) -> None:
     """Raise ValueError where the model cannot be split as `config.parallel` says, on any number of ranks."""
-    violation = _violation(config)
+    degrees = {axis: getattr(config.parallel, axis) for axis in ("tensor", "sequence", "expert")}
+    violation = _violation(config, degrees)
     if violation is None:
         return
     axis, broken = violation
-    degree = getattr(config.parallel, axis)
-    fitting = [other for other in SHARES if _violation(_with_degree(config, axis, other)) is None]
+    fitting = [other for other in SHARES if _violation(config, degrees | {axis: other}) is None]
     use = (
         f"use {'one of ' if len(fitting) > 1 else ''}{', '.join(map(str, fitting))}"
         if fitting
         else "change the other degrees"
     )
-    raise ValueError(f"parallel.{axis}={degree} {broken}: {use}")
+    raise ValueError(f"parallel.{axis}={degrees[axis]} {broken}: {use}")
 
 
 SHARES = range(1, 129)  # the degrees that a remedy may name: who shares out a model further knows how
 
 
-def _violation(config: RunConfig) -> tuple[Literal["tensor", "sequence", "expert"], str] | None:
-    """The degree that cannot be and which rule it breaks, or None."""
-    model, T, S = config.model, config.parallel.tensor, config.parallel.sequence
+def _violation(config: RunConfig, degrees: Mapping[str, int]) -> tuple[str, str] | None:
+    """Of these degrees the one that cannot be, and which rule it breaks; or None."""
+    model, T, S, E = config.model, degrees["tensor"], degrees["sequence"], degrees["expert"]
     sizes = {"num_heads": model.num_heads, "vocab_size (padded)": padded_vocab_size(model.vocab_size)}
     if not all(has_experts(model, layer) for layer in range(model.num_layers)):
         sizes["ffn_size"] = model.ffn_size
@@ -170,12 +170,8 @@ def _violation(config: RunConfig) -> tuple[Literal["tensor", "sequence", "expert
                 f"does not go with data.sequence_length={length}, which parallel.tensor={T} times "
                 f"parallel.sequence={S} split and which is to be a multiple of {T * S}"
             )
-    if config.parallel.expert > 1 and model.moe is None:
+    if E > 1 and model.moe is None:
         return "expert", "needs experts, and model.moe is not set"
-    if model.moe is not None and model.moe.experts % config.parallel.expert:
+    if model.moe is not None and model.moe.experts % E:
         return "expert", f"does not divide model.moe.experts={model.moe.experts}"
     return None
-
-
-def _with_degree(config: RunConfig, axis: str, degree: int) -> RunConfig:
-    return config.model_copy(update={"parallel": config.parallel.model_copy(update={axis: degree})})

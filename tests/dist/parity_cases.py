@@ -6,6 +6,7 @@ ends them, and so does one that takes too long: a rank that waits for another wo
 
 import faulthandler
 import functools
+import json
 import os
 import traceback
 from collections.abc import Callable
@@ -21,13 +22,12 @@ from pretrain.engine import Engine, agree, build_engine
 from pretrain.parallel_dims import ParallelDims, gathered
 from pretrain.state import TrainState
 from tests.dist.harness import RESULTS
-from tests.dist.layouts import LONG, MATRIX, LayoutCase
+from tests.dist.layout_case import LayoutCase
 from tests.small_run import rank_batches
 
 STEPS = 5
 CASE_SECONDS = 60
 COMPILED_CASE_SECONDS = 300
-BY_NAME = {case.name: case for case in (*MATRIX, *LONG)}
 
 
 def trained(engine: Engine, config: RunConfig, data_rank: int, data_world: int) -> dict[str, Any]:
@@ -75,9 +75,10 @@ def _host_group() -> dist.ProcessGroup:
 
 def _cases() -> dict[str, Callable[[], dict[str, Any]]]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {}
-    for name in os.environ.get("PARITY_CASES", "").split():
-        seconds = COMPILED_CASE_SECONDS if BY_NAME[name].compile else CASE_SECONDS
-        cases[name] = functools.partial(together, functools.partial(train, BY_NAME[name]), seconds)
+    for values in json.loads(os.environ.get("PARITY_CASES", "[]")):
+        case = LayoutCase(**values)
+        seconds = COMPILED_CASE_SECONDS if case.compile else CASE_SECONDS
+        cases[case.name] = functools.partial(together, functools.partial(train, case), seconds)
     return cases
 
 

@@ -13,7 +13,7 @@ from pretrain.device import detect
 from pretrain.engine import Engine, agree, build_engine
 from pretrain.parallel_dims import ParallelDims
 from pretrain.regions import RegionClock
-from tests.dist.layouts import LayoutCase
+from tests.dist.layout_case import LayoutCase
 from tests.small_run import rank_batches
 
 DEVICE = detect()

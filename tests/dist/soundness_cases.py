@@ -20,7 +20,7 @@ from pretrain.engine import Engine, agree, build_decoder, build_engine
 from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.engine_torch import TorchEngine
 from pretrain.parallel_dims import ParallelDims, gathered
-from tests.dist.layouts import LayoutCase
+from tests.dist.layout_case import LayoutCase
 from tests.small_run import rank_batches
 
 get_accelerator().is_fp16_supported = lambda: True  # torch computes in it on any processor, slowly on most

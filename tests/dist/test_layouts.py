@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.conftest import environment
+from tests.dist.layout_case import LayoutCase
 from tests.dist.layouts import (
     AXES,
     BOUND,
@@ -15,7 +16,6 @@ from tests.dist.layouts import (
     MATRIX,
     TOPOLOGY,
     TRAPS,
-    LayoutCase,
     covering_layouts,
     pairs_of,
     pairs_of_all,

@@ -13,7 +13,9 @@ With experts 20 %, since rounding sends a token to another expert now and then.
 """
 
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from pretrain.checkpoint.read import read_weights
 from pretrain.engine import build_decoder
 from pretrain.engine_torch import TorchEngine
 from tests.dist.harness import finished_cases, run_cases
-from tests.dist.layouts import LONG, MATRIX, LayoutCase
+from tests.dist.layout_case import LayoutCase
+from tests.dist.layouts import LONG, MATRIX
 from tests.dist.parity_cases import trained
 
 # The first test of a world waits for all its layouts; those of `make test-long` take some twenty minutes.
@@ -35,33 +38,34 @@ CPU = torch.device("cpu")
 CRASHES = 3  # after so many the rest of a world's layouts is given up: starting ranks again costs seconds each time
 
 
-def run_all(names: Sequence[str], world: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+def run_all(cases: Sequence[LayoutCase], world: int, folder: Path, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The result of each case by name. Ranks that a case ended are started again for those after it."""
     found: dict[str, Any] = {}
     for attempt in range(CRASHES):
-        left = [name for name in names if name not in found]
+        left = [case for case in cases if case.name not in found]
         if not left:
             break
-        patch.setenv("PARITY_CASES", " ".join(left))
+        patch.setenv("PARITY_CASES", json.dumps([asdict(case) for case in left]))
         part = folder / f"world{world}-{attempt}"
         part.mkdir()
         try:
             found |= run_cases("tests.dist.parity_cases", world, part)
         except AssertionError as error:
             found |= finished_cases(part)
-            culprit = next(name for name in left if name not in found)
+            culprit = next(case.name for case in left if case.name not in found)
             found[culprit] = {"error": str(error)}
-    return {name: found.get(name, {"error": f"not run, as {CRASHES} others ended the ranks"}) for name in names}
+    not_run = {"error": f"not run, as {CRASHES} others ended the ranks"}
+    return {case.name: found.get(case.name, not_run) for case in cases}
 
 
 @pytest.fixture(scope="module")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
     """Results of the cases that this session selected, by world and name; each world's ranks are started once."""
-    chosen: dict[int, list[str]] = {}
+    chosen: dict[int, list[LayoutCase]] = {}
     for item in request.session.items:
         if item.path == request.path:
             case = item.callspec.params["case"]  # type: ignore[attr-defined]
-            chosen.setdefault(case.world, []).append(case.name)
+            chosen.setdefault(case.world, []).append(case)
     folder = tmp_path_factory.mktemp("parity")
     with pytest.MonkeyPatch.context() as patch:
         by_world = functools.cache(lambda world: run_all(chosen[world], world, folder, patch))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch._dynamo  # an optimizer brings it in: a second for each rank, unless the one that they are forked from has it
+import torch._dynamo  # an optimizer brings it in: a second for every rank whose parent has not got it
 import torch.distributed as dist
 
 from pretrain.checkpoint.load import load_newest
