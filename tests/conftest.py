@@ -1,4 +1,4 @@
-"""The command line as tests call it, and a small prepared corpus, made once by that command line."""
+"""The command line as tests call it, and a small prepared corpus, made by it once for each process of tests."""
 
 import json
 import os

@@ -83,7 +83,7 @@ class LayoutCase:
 
 @functools.cache
 def _base(model: str, num_kv_heads: int, tied: bool, document_mask: bool) -> dict[str, Any]:
-    # Sections are frozen, so that those of one run may serve in another; tens of thousands are looked at.
+    # Sections are frozen, so that those of one run may serve in another; `layouts.py` looks at tens of thousands.
     config = small_config(
         f"model={{num_kv_heads: {num_kv_heads}, tie_embeddings: {tied}, document_mask: {document_mask}}}",
         f"model={{moe: {MODELS[model]}, qk_norm: {model == 'moe'}}}",

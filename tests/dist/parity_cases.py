@@ -1,4 +1,5 @@
-"""Cases for test_parity.py: each layout that the environment names trains the small model, and is saved.
+"""Cases for test_parity.py: each layout in PARITY_CASES (JSON: a list of LayoutCase's fields) trains the
+small model, and is saved.
 
 Every case starts and ends together on all ranks. One that fails on all of them is its result; one that fails on some
 ends them, and so does one that takes too long: a rank that waits for another would otherwise wait for ever.

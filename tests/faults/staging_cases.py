@@ -25,7 +25,7 @@ from tests.faults.states import state_of
 from tests.small_run import rank_batches, small_config
 
 SAVED, STEPS = 2, 4
-COPY_SECONDS = 1.0
+COPY_SECONDS = 3.0  # in which a step is made, on a busy machine
 ZERO_1_BF16 = ("parallel.zero_stage=1", "precision=bf16")
 ZERO_2_FP32 = ("parallel.zero_stage=2", "precision=fp32")
 

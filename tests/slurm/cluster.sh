@@ -105,6 +105,8 @@ SelectTypeParameters=CR_CPU_Memory
 DefMemPerCPU=100
 GresTypes=gpu
 MpiDefault=none
+# Clusters may be up side by side. A job's processes are found by its number, and its folder in /tmp bears it.
+FirstJobId=$(($2 * 100))
 SwitchType=switch/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none

@@ -68,7 +68,7 @@ def test_what_passes_is_tried_again(server: FileServer, fault: Fault) -> None:
 )
 def test_what_stays_is_one_clear_error(server: FileServer, fault: Fault, cause: str) -> None:
     server.always = fault
-    began = r"^reading bytes 0 to 100,000 of http://127.0.0.1:\d+/a file.bin failed 4 times in 0 s, at last by: .*"
+    began = r"^reading bytes 0 to 100,000 of http://127.0.0.1:\d+/a file.bin failed 4 times in \d s, at last by: .*"
     with pytest.raises(RemoteError, match=began + f"({cause})"):
         get(server)
     assert len(server.gets()) == 4 or fault == "reset"  # where aiohttp itself tries a kept connection once more
@@ -82,7 +82,7 @@ def test_a_server_that_does_not_answer(server: FileServer, monkeypatch: pytest.M
     assert get(server, 0, 10) == CONTENT[:10]
     server.faults.extend(["stalled"] * 2)
     began = time.monotonic()
-    with pytest.raises(RemoteError, match=r"failed 2 times in 0 s, at last by: no answer in 0.1 s"):
+    with pytest.raises(RemoteError, match=r"failed 2 times in \d s, at last by: no answer in 0.1 s"):
         get(server, 0, 10)
     assert time.monotonic() - began < 2
 

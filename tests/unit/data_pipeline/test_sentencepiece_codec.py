@@ -160,7 +160,8 @@ def test_time_grows_in_step_with_length(tokenizer: Tokenizer, texts: list[str]) 
         tokenizer.encode(text * repeats)
         return (time.process_time() - started) / repeats
 
-    assert seconds_a_byte(8) < 1.5 * min(seconds_a_byte(1) for _ in range(3))
+    # In step with the square of it, this would be 8; a core that is shared may be half as fast.
+    assert seconds_a_byte(8) < 3 * min(seconds_a_byte(1) for _ in range(3))
 
 
 @pytest.mark.slow

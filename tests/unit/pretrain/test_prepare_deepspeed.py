@@ -22,7 +22,8 @@ engine = build_engine(config, device, ParallelDims.of_this_rank(config))
 agree(engine.train_step([random_batch(config, 0)], 1e-3))
 compiler = {"torch._inductor.compile_fx", "setuptools"} & sys.modules.keys()
 assert not compiler, compiler
-# Else gloo's thread, which wants Python's lock to let go of the last sum, may find the interpreter ending, and aborts.
+# Else gloo's thread may want Python's lock, to free the last sum, while the interpreter ends: it would abort
+# (pytorch issue 190489).
 destroy_process_group()
 """
 
