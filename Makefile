@@ -26,10 +26,10 @@ $(VENV)/.dev: $(BIN)/steppe
 demo: $(BIN)/steppe
 	$(BIN)/steppe demo
 
-# A process for each core, of one thread each: tests mostly wait, for a process to start or for ranks to meet. At most 8,
-# as each has torch in memory. By file, since tests of one share ranks; in their order, as the last files are the short ones.
+# A process for each core, of one thread each: tests mostly wait, for a process to start or for ranks to meet. At most 4,
+# as each grows to some 3 GB. By file, since tests of one share ranks; in their order: the last files are the short ones.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
-	-n $(shell nproc) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+	-n $(shell nproc) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/.dev
 	$(PYTEST) -m "not long"
