@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make demo       install, then raw text to a perplexity in minutes (steppe demo)"
 	@echo "make test       all tests that CI runs"
-	@echo "make test-fast  the quick ones, under 90 s"
+	@echo "make test-fast  the quick ones, in three minutes on two cores"
 	@echo "make test-long  the longest, too"
 	@echo "make check      ruff and mypy"
 

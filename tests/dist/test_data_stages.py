@@ -11,6 +11,8 @@ from pretrain.checkpoint.index import read_index
 from pretrain.run_dir import RunDir, read_events
 from tests.conftest import Corpus, Steppe
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("loss", "grad_norm", "lr", "tokens", "position")
 STAGES = "data.stages=[{from_step: 4, weights: {more: 1}, sequence_length: 64}, {from_step: 7, global_batch_size: 4}]"
 

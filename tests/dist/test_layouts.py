@@ -86,6 +86,7 @@ def test_a_covering_is_small() -> None:
         assert pairs_of(row) <= possible_pairs()
 
 
+@pytest.mark.slow
 def test_the_list_is_the_same_in_every_process() -> None:
     """A set's order of words differs from process to process; the layouts must not."""
     program = "from tests.dist.layouts import MATRIX, LONG; print(*(case.name for case in (*MATRIX, *LONG)), sep='\\n')"

@@ -92,6 +92,7 @@ def test_sizes_that_are_none(option: str, size: str, tmp_path: Path) -> None:
     assert f"{option} {size}: expected a size such as 5GB or 500MB" in str(done.exception)
 
 
+@pytest.mark.slow
 def test_exit_codes(steppe: Steppe, tmp_path: Path) -> None:
     """2 for what the user got wrong, in one line."""
     done = steppe("export", tmp_path, "--out", tmp_path / "out", code=2)
