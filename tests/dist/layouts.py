@@ -1,7 +1,7 @@
 """The layouts that the parity matrix tries: pairwise over every axis, and the known traps.
 
 A layout is a value of each axis. The product's own rules say which are possible; of any two values of two axes that
-some possible layout has together, one of LAYOUTS has both. Rows are made one at a time, each the one that brings
+some possible layout has together, one of MATRIX has both. Rows are made one at a time, each the one that brings
 together the most pairs not yet seen (Cohen, Dalal, Fredman and Patton 1997, "The AETG system: an approach to testing
 based on combinatorial design", IEEE TSE 23(7), section 4); but where AETG draws candidates at random, here all of them
 are looked at, so that the list is the same every time.
